@@ -76,7 +76,7 @@ def certify(gram: Gram, mixings: Sequence[Matrix]) -> tuple[Certificate, Vector]
         The certificate, and the eigenvalues of its view's covariance, largest first; zero if they are
         nothing but rounding.
     """
-    honest = math.sqrt(gram.top_eigenvalue(gram.shares) / (1.0 - gram.eps))
+    honest = math.sqrt(gram.raw_eigenvalues[0] / (1.0 - gram.eps))
     views: list[tuple[Certificate, Vector]] = []
     for points, weights in _views(mixings):
         held = weights if points is None else weights @ np.where(_untouched(points), points, 0.0)

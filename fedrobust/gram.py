@@ -2,6 +2,11 @@
 
 Distances, centred inner products and spectra of any weighting, of the rows themselves or of rows
 seen through a mixing, all follow from it without another look at the d coordinates.
+
+The matrix is not always what is cheapest to look at. Where there are more rows than coordinates the
+rows themselves say the same in d x d numbers, and where few products G v are wanted, or n and d are
+both large, a product can be had in one pass over the rows. `Gram` chooses; rules ask for distances,
+products and spectra and do not know.
 """
 
 from __future__ import annotations
@@ -11,10 +16,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import block_diag
+from scipy.linalg import block_diag, eigh_tridiagonal
 
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
+
+Product = Callable[[Matrix], Matrix]
+"""(n + a, k) V -> (n + a, k) G V."""
+
+LARGEST_MATRIX = 20_000
+"""More rows than this (a matrix of 3.2 GB), and it is not formed."""
+_EXACT = 256
+"""Up to this size a complete eigenproblem costs no more than a few eigenpairs."""
+_LANCZOS_STEPS = 60
+_RESIDUAL = 1e-2
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,12 @@ class Gram:
         anchors: names of the rows that are the server's own; they have no share and no weight.
         count_signs: gives `kernels.sign_counts` of the rows mixed by a (k, n) matrix; another pass
             over the coordinates. None where the caller cannot look at the rows again.
+        factor: (n + a, r) float64, r < n, any F with F F^T the matrix: the rows themselves, if they have
+            fewer coordinates than there are rows. Then the matrix is formed only if asked for.
+        multiply: products with the matrix without the matrix, each a pass over the rows; None where
+            the matrix is at hand, or will be needed anyway.
+        norms: (n + a,) squared norms of all rows where they are known without the matrix.
+        width: how many coordinates a row has, where that is known: there are no more eigenvalues.
     """
 
     compute: Callable[[], Matrix]
@@ -38,10 +59,25 @@ class Gram:
     seed: int = 0
     anchors: tuple[str, ...] = ()
     count_signs: Callable[[Matrix], Matrix] | None = None
+    factor: Matrix | None = None
+    multiply: Product | None = None
+    norms: Vector | None = None
+    width: int | None = None
 
     @cached_property
     def extended(self) -> Matrix:
-        """(n + a, n + a) float64, symmetric: with the anchors."""
+        """(n + a, n + a) float64, symmetric: with the anchors.
+
+        Raises:
+            InputError: there are so many rows that it would not fit into memory.
+        """
+        if self.n > LARGEST_MATRIX:
+            raise InputError(
+                f"the rule compares every pair of rows, and {self.n} of them are too many for that "
+                f"(at most {LARGEST_MATRIX}); mean, filter, caf and geometric_median do without"
+            )
+        if self.factor is not None:
+            return np.asarray(self.factor @ self.factor.T)
         return self.compute()
 
     @property
@@ -59,6 +95,44 @@ class Gram:
         """The most rows that can be malicious: floor(eps n) when shares are uniform."""
         return most_malicious(self.shares, self.eps)
 
+    def product(self, times: int) -> Product:
+        """(n, k) V -> (n, k) G V, by the cheapest way to so many products of one vector each.
+
+        This is where it is decided, for all rules, whether the matrix is formed.
+        """
+        if self.factor is not None:
+            rows = self.factor[: self.n]
+            return lambda vectors: np.asarray(rows @ (rows.T @ vectors))
+        if self.multiply is None or not self._without_matrix(times):
+            return lambda vectors: np.asarray(self.matrix @ vectors)
+        multiply, own = self.multiply, len(self.anchors)
+
+        def by_passes(vectors: Matrix) -> Matrix:
+            columns = vectors.reshape(self.n, -1)
+            found = multiply(np.pad(columns, ((0, own), (0, 0))))[: self.n]
+            return found.reshape(vectors.shape)
+
+        return by_passes
+
+    def _without_matrix(self, times: int) -> bool:
+        """Whether so many passes over the rows cost less than the matrix.
+
+        Forming it costs about 4 + n / 20 times as much as reading the rows once, a product about 1.5
+        times (docs/benchmarks.md: crossover).
+        """
+        formed = "extended" in vars(self)
+        return not formed and (self.n > LARGEST_MATRIX or 1.5 * times < 4 + self.n / 20)
+
+    @cached_property
+    def squared_norms(self) -> Vector:
+        """(n,) squared distances of the rows from the reference."""
+        if self.norms is not None and "extended" not in vars(self):
+            return self.norms[: self.n]
+        if self.factor is not None:
+            rows = self.factor[: self.n]
+            return np.asarray(np.einsum("ij,ij->i", rows, rows))
+        return np.asarray(np.diag(self.matrix))
+
     def anchor(self, name: str) -> tuple[Vector, float]:
         """(n,) inner products of the rows with one of the server's own, and its squared norm.
 
@@ -70,7 +144,13 @@ class Gram:
                 f"the rule needs a row of the server's own: aggregate(..., anchors={{{name!r}: ...}})"
             )
         at = self.n + self.anchors.index(name)
-        return self.extended[: self.n, at], float(self.extended[at, at])
+        if self.factor is not None:
+            column = self.factor @ self.factor[at]
+        elif self.multiply is not None and self._without_matrix(1):
+            column = self.multiply(np.eye(self.n + len(self.anchors))[:, [at]])[:, 0]
+        else:
+            column = self.extended[:, at]
+        return column[: self.n], float(column[at])
 
     @cached_property
     def signs(self) -> Matrix:
@@ -98,34 +178,46 @@ class Gram:
         np.fill_diagonal(cosines, 1.0)
         return cosines
 
-    def centred(self, weights: Vector) -> Matrix:
-        """(m, m) inner products about the weighted mean of the m rows that carry weight.
-
-        Args:
-            weights: (n,) non-negative, sum 1.
-        """
-        # Rows without weight are left out rather than multiplied by zero: one of norm 1e30 would
-        # take the precision of all the others with it.
-        support = np.flatnonzero(weights)
-        part = self.matrix[np.ix_(support, support)]
-        toward = part @ weights[support]
-        return part - toward[:, None] - toward[None, :] + weights[support] @ toward
-
     def spectrum(self, weights: Vector) -> tuple[Vector, Matrix]:
         """Eigenvalues of the weighted covariance, largest first, and the rows' projections.
+
+        All of them, the zeros of more rows than coordinates left out; only the largest where n and d are
+        both too large for that.
 
         Args:
             weights: (n,) non-negative, sum 1.
 
         Returns:
-            (m,) eigenvalues, m the number of rows that carry weight, and (m, m) values <v_j, x_i - mu>,
-            row i the i-th row that carries weight, column j the j-th eigenvector.
+            (k,) eigenvalues, and (m, k) values <v_j, x_i - mu>: row i the i-th of the m rows that carry
+            weight, column j the j-th eigenvector.
         """
-        root = np.sqrt(weights[weights > 0])
-        values, vectors = np.linalg.eigh(root[:, None] * self.centred(weights) * root[None, :])
-        values = np.maximum(values[::-1], 0.0)
-        # X_c^T sqrt(w) u = sqrt(lambda) v, hence <v, x_i - mu> = sqrt(lambda / w_i) u_i.
-        return values, vectors[:, ::-1] * np.sqrt(values)[None, :] / root[:, None]
+        if self.factor is None:
+            if self.n > LARGEST_MATRIX:
+                return self._lanczos(weights, None)
+            values, vectors = np.linalg.eigh(self._weighted(weights))
+            return _projections(values[::-1], vectors[:, ::-1], weights)
+        centred = self._centred_rows(weights)
+        values, vectors = np.linalg.eigh(centred.T @ (weights[weights > 0, None] * centred))
+        return np.maximum(values[::-1], 0.0), centred @ vectors[:, ::-1]
+
+    def leading(self, weights: Vector, near: Vector | None = None) -> tuple[Vector, Matrix]:
+        """As `spectrum`, at least the first of the eigenvalues, as a rule to a relative 1e-4.
+
+        Args:
+            weights: (n,) non-negative, sum 1.
+            near: (n,) projections of the rows on a direction that is thought to be near the first.
+        """
+        return self.spectrum(weights) if self.size(weights) <= _EXACT else self._lanczos(weights, near)
+
+    def size(self, weights: Vector) -> int:
+        """How many eigenvalues of the weighted covariance `eigenvalues` gives, at most."""
+        size = min(int(np.count_nonzero(weights)), self.n if self.width is None else self.width)
+        return size if self.factor is not None or self.n <= LARGEST_MATRIX else min(size, _LANCZOS_STEPS)
+
+    def centred_norms(self, weights: Vector) -> Vector:
+        """(n,) squared distances of all rows from the weighted mean."""
+        toward = self.product(1)(weights)
+        return np.asarray(np.maximum(self.squared_norms - 2 * toward + weights @ toward, 0.0))
 
     def rounding(self, weights: Vector) -> float:
         """An eigenvalue of the weighted covariance below this is as good as zero.
@@ -133,18 +225,68 @@ class Gram:
         Inner products of float32 rows are good to some 1e-8 of the rows' lengths, and so is what is
         left of them when all rows are equal.
         """
-        return 1e-8 * float(weights @ np.diag(self.matrix))
-
-    def top_eigenvalue(self, weights: Vector) -> float:
-        """The largest eigenvalue of the weighted covariance: the squared spread of the rows."""
-        return float(self.eigenvalues(weights)[0])
+        return 1e-8 * float(weights @ self.squared_norms)
 
     def eigenvalues(self, weights: Vector) -> Vector:
-        """(m,) eigenvalues of the weighted covariance, largest first: `spectrum` without directions."""
-        root = np.sqrt(weights[weights > 0])
-        values = np.linalg.eigvalsh(root[:, None] * self.centred(weights) * root[None, :])
-        eigenvalues: Vector = np.maximum(values[::-1], 0.0)
-        return eigenvalues
+        """(k,) eigenvalues of the weighted covariance, largest first: `spectrum` without directions."""
+        if self.factor is not None:
+            centred = self._centred_rows(weights)
+            covariance = centred.T @ (weights[weights > 0, None] * centred)
+        elif self.n > LARGEST_MATRIX:
+            return self._lanczos(weights, None)[0]
+        else:
+            covariance = self._weighted(weights)
+        return np.asarray(np.maximum(np.linalg.eigvalsh(covariance)[::-1], 0.0))
+
+    @cached_property
+    def raw_eigenvalues(self) -> Vector:
+        """Those of the rows as they came, weighted by their shares."""
+        return self.eigenvalues(self.shares)
+
+    def _centred_rows(self, weights: Vector) -> Matrix:
+        """(m, r) the rows that carry weight, about their weighted mean."""
+        # Rows without weight are left out rather than multiplied by zero: one of norm 1e30 would
+        # take the precision of all the others with it.
+        support = np.flatnonzero(weights)
+        rows = np.asarray(self.factor)[support]
+        return np.asarray(rows - weights[support] @ rows)
+
+    def _weighted(self, weights: Vector) -> Matrix:
+        """(m, m) sqrt(w_i w_j) <x_i - mu, x_j - mu> of the rows that carry weight."""
+        support = np.flatnonzero(weights)
+        part = self.matrix[np.ix_(support, support)] if len(support) < self.n else self.matrix
+        kept = weights[support]
+        toward = part @ kept
+        root = np.sqrt(kept)
+        centred = part - toward[:, None] - (toward - kept @ toward)[None, :]
+        centred *= root[:, None]
+        centred *= root[None, :]
+        return np.asarray(centred)
+
+    def _lanczos(self, weights: Vector, near: Vector | None) -> tuple[Vector, Matrix]:
+        """Leading eigenvalues and projections by Lanczos steps with full reorthogonalisation.
+
+        Complete eigenvectors instead where the first does not settle and there is a matrix for them.
+        """
+        support = np.flatnonzero(weights)
+        kept, root = weights[support], np.sqrt(weights[support])
+        product = self.product(_LANCZOS_STEPS)
+
+        def apply(vector: Vector) -> Vector:
+            spread = np.zeros(self.n)
+            spread[support] = root * vector - kept * (root @ vector)
+            found = product(spread)[support]
+            return np.asarray(root * (found - kept @ found))
+
+        start = np.random.default_rng(self.seed).standard_normal(len(support))
+        if near is not None and near[support].any():
+            guess = root * near[support]
+            # Some noise, for a guess that is an eigenvector would never lead to a larger one.
+            start = guess / np.linalg.norm(guess) + 0.01 * start / np.linalg.norm(start)
+        values, vectors, settled = lanczos(apply, start, min(_LANCZOS_STEPS, len(support)))
+        if not settled and self.n <= LARGEST_MATRIX:
+            return self.spectrum(weights)
+        return _projections(values, vectors, weights)
 
     def through(self, matrix: Matrix, shares: Vector, eps: float) -> Gram:
         """The Gram matrix of the mixed rows M X, with their own shares and malicious mass.
@@ -154,18 +296,25 @@ class Gram:
             shares: (k,) mass of the mixed rows.
             eps: mass of the mixed rows that may be malicious.
         """
-        whole, count = block_diag(matrix, np.eye(len(self.anchors))), self.count_signs
+        whole = block_diag(matrix, np.eye(len(self.anchors))) if self.anchors else matrix
+        count = self.count_signs
+        multiply, factor = self.multiply, self.factor
+        mixed = None if factor is None else whole @ factor
 
         def compute() -> Matrix:
-            mixed = whole @ self.extended @ whole.T
-            return np.asarray((mixed + mixed.T) / 2)  # rounding must not give a pair two distances
+            seen = whole @ self.extended @ whole.T
+            return np.asarray((seen + seen.T) / 2)  # rounding must not give a pair two distances
 
-        return replace(
-            self,
-            compute=compute,
+        return Gram(
+            compute=compute if mixed is None else lambda: np.asarray(mixed @ mixed.T),
             shares=shares,
             eps=eps,
+            seed=self.seed,
+            anchors=self.anchors,
             count_signs=None if count is None else lambda mixing: count(mixing @ matrix),
+            factor=mixed if mixed is not None and mixed.shape[1] < len(shares) else None,
+            multiply=None if multiply is None else lambda v: np.asarray(whole @ multiply(whole.T @ v)),
+            width=self.width,
         )
 
     def with_reference(self) -> Gram:
@@ -173,8 +322,56 @@ class Gram:
         matrix = np.eye(self.n + 1, self.n)  # a row of zeros is the reference
         return self.through(matrix, np.append(self.shares, 0.0), self.eps)
 
+    def assuming(self, eps: float) -> Gram:
+        """The same rows with another mass that may be malicious."""
+        return replace(self, compute=lambda: self.extended, eps=eps)
+
 
 def most_malicious(shares: Vector, eps: float) -> int:
     """The most rows of these (n,) shares that together have a mass of at most eps."""
     lightest = np.cumsum(np.sort(shares))
     return int(np.count_nonzero(lightest <= eps * (1 + 1e-9)))
+
+
+def lanczos(apply: Callable[[Vector], Vector], start: Vector, steps: int) -> tuple[Vector, Matrix, bool]:
+    """Ritz values of a symmetric positive matrix, largest first, their (m, k) unit vectors, k <= steps.
+
+    Args:
+        apply: the matrix times a vector.
+        start: (m,) not zero.
+        steps: the most products.
+
+    Returns:
+        Also whether the first value is settled: within a hundredth of an eigenvalue, as a rule much
+        nearer. Stops as soon as it is.
+    """
+    basis = np.zeros((steps, len(start)))
+    diagonal, beside = np.zeros(steps), np.zeros(steps)
+    vector, settled, done = start / np.linalg.norm(start), False, 0
+    values, coordinates = np.zeros(1), np.ones((1, 1))
+    for step in range(steps):
+        basis[step] = vector
+        image = apply(vector)
+        diagonal[step] = vector @ image
+        for _ in range(2):  # twice is enough (Kahan and Parlett)
+            image = image - basis[: step + 1].T @ (basis[: step + 1] @ image)
+        beside[step] = np.linalg.norm(image)
+        done = step + 1
+        if done % 5 == 0 or done == steps or beside[step] <= 1e-12 * diagonal[:done].max():
+            values, coordinates = eigh_tridiagonal(diagonal[:done], beside[: done - 1])
+            # |residual| <= r bounds the error of the value by r, by r^2 / gap as a rule.
+            settled = beside[step] * abs(coordinates[-1, -1]) <= _RESIDUAL * max(values[-1], 0.0)
+            if settled or beside[step] <= 1e-12 * max(values[-1], 0.0):
+                break
+        vector = image / (beside[step] or 1.0)
+    vectors = basis[:done].T @ coordinates[:, ::-1]
+    return np.maximum(values[::-1], 0.0), vectors, bool(settled)
+
+
+def _projections(values: Vector, vectors: Matrix, weights: Vector) -> tuple[Vector, Matrix]:
+    """Eigenvalues, and projections of the rows from unit eigenvectors u of their inner products.
+
+    X_c^T sqrt(w) u = sqrt(lambda) v, hence <v, x_i - mu> = sqrt(lambda / w_i) u_i.
+    """
+    values = np.maximum(values, 0.0)
+    return values, vectors * np.sqrt(values)[None, :] / np.sqrt(weights[weights > 0])[:, None]

@@ -9,7 +9,10 @@ from `VISIBLE` times on it pays to remove something, from `ALARMING` times on so
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
+
+import numpy as np
 
 from fedrobust.gram import Gram
 from fedrobust.kernels import Vector
@@ -29,6 +32,19 @@ class Verdict(str, Enum):
     """Something stood out, and with the rule's weights nothing does any more to an alarming degree."""
     EXCEEDED = "bound exceeded"
     """Something stands out even so: more than eps may be malicious, or the rule is too weak."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """From where on an eigenvalue stands out.
+
+    Attributes:
+        visible: until eps of the mass is gone.
+        alarming: from then on: what is left should be honest, and honest clients differ.
+    """
+
+    visible: float
+    alarming: float
 
 
 def bulk_edge(values: Vector, f: int) -> float | None:
@@ -57,12 +73,49 @@ def judge(gram: Gram, kept: Vector, gone: int) -> Verdict:
     """
     if gram.f == 0:
         return Verdict.CLEAR
-    if gram.n < gram.f + 3:  # too few rows for a bulk beside f malicious ones
+    raw = gram.raw_eigenvalues
+    if gram.n < gram.f + 3 or not has_bulk(gram, gram.shares):
         return Verdict.NOT_JUDGED
-    raw = gram.eigenvalues(gram.shares)
     edge = bulk_edge(raw, gram.f)
     if edge is not None and raw[0] <= ALARMING * edge:
         return Verdict.CLEAR
     if edge is None:
         edge = bulk_edge(kept, gram.f - gone)
     return Verdict.REMOVED if kept[0] <= ALARMING * (edge or 0.0) else Verdict.EXCEEDED
+
+
+def read_levels(gram: Gram, weights: Vector, values: Vector) -> Levels | None:
+    """The levels that the bulk gives; None if there is none, or none that can be read.
+
+    Args:
+        gram: of all rows.
+        weights: (n,) sum 1.
+        values: the largest of the eigenvalues that belong to them.
+    """
+    if not has_bulk(gram, weights) or _hides(gram, weights, float(values[0])):
+        return None
+    if len(values) < gram.size(weights):
+        raw = np.array_equal(weights, gram.shares)
+        values = gram.raw_eigenvalues if raw else gram.eigenvalues(weights)
+    edge = bulk_edge(values, gram.f - _gone(gram, weights))
+    if edge is None or edge <= gram.rounding(weights):
+        return None
+    return Levels(VISIBLE * edge, ALARMING * edge)
+
+
+def _gone(gram: Gram, weights: Vector) -> int:
+    return int(np.count_nonzero(gram.shares) - np.count_nonzero(weights))
+
+
+def has_bulk(gram: Gram, weights: Vector) -> bool:
+    """Whether there are more directions than those that malicious rows can stretch."""
+    return max(gram.f - _gone(gram, weights), 0) + 2 <= gram.size(weights)
+
+
+def _hides(gram: Gram, weights: Vector, top: float) -> bool:
+    """Whether the bulk certainly cannot be read beside the largest rows, which spares looking for it.
+
+    Without its f largest terms, sum_i w_i |x_i|^2 is no less than the (f + 2)-th eigenvalue.
+    """
+    terms = np.sort(weights * gram.squared_norms)
+    return bool(terms[: gram.n - gram.f].sum() < 1e-9 * top)

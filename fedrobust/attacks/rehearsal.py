@@ -15,7 +15,8 @@ from fedrobust.attacks.view import View
 from fedrobust.errors import InputError
 from fedrobust.gram import Gram
 from fedrobust.kernels import Block, Matrix, Vector
-from fedrobust.rules import DEFAULT_EPS, Aggregator, Decision, Weighting
+from fedrobust.rules import Aggregator, Decision, Weighting
+from fedrobust.rules.fraction import DEFAULT_EPS, assume
 
 _COORDINATES = 4096
 
@@ -45,7 +46,7 @@ class Rehearsal:
     honest: int
     malicious: int
     rule: Aggregator
-    eps: float
+    eps: float | str
     seed: int
 
     @classmethod
@@ -68,9 +69,9 @@ class Rehearsal:
                 "this attack tries its rows on the server's rule, but the view has none; "
                 "construct View with rule=parse_rule(...)"
             )
+        eps = next(e for e in (rule.eps, view.eps, DEFAULT_EPS) if e is not None)
         # A model that has diverged is no reason for the attack to fail.
         vectors = tuple(_finite(vector) for vector in (*view.honest, *extra))
-        eps = next(e for e in (rule.eps, view.eps, DEFAULT_EPS) if e is not None)
         return cls(vectors, len(view.honest), view.malicious, rule, eps, view.round)
 
     @property
@@ -81,8 +82,7 @@ class Rehearsal:
     @cached_property
     def gram(self) -> Matrix:
         """(K, K) inner products of the vectors."""
-        block = Block(self.vectors)
-        return kernels.gram(block, np.sqrt(kernels.squared_norms(block)))
+        return kernels.gram(Block(self.vectors))
 
     @cached_property
     def points(self) -> Matrix:
@@ -131,7 +131,8 @@ class Rehearsal:
 
     def _decide(self, rows: Matrix) -> Decision:
         shares = np.full(len(rows), 1 / len(rows))
-        return self.rule(Gram(lambda: rows @ rows.T, shares, self.eps, self.seed))
+        gram = Gram(lambda: rows @ rows.T, shares, 0.0, self.seed, width=len(self.vectors[0]))
+        return self.rule(assume(gram, self.eps))
 
 
 def best_scale(error: Callable[[float], float], low: float, high: float, budget: int) -> float:

@@ -11,6 +11,7 @@ from fedrobust.rules.filter import EntropyFilter, Filter
 from fedrobust.rules.flame import FLAME
 from fedrobust.rules.fltrust import FLTrust
 from fedrobust.rules.foolsgold import FoolsGold
+from fedrobust.rules.fraction import DEFAULT_EPS
 from fedrobust.rules.geometric_median import GeometricMedian
 from fedrobust.rules.krum import Krum, MultiKrum
 from fedrobust.rules.mda import MDA
@@ -20,7 +21,6 @@ from fedrobust.rules.mixings import ARC, NNM, Bucketing, Clip
 from fedrobust.rules.monna import MoNNA
 from fedrobust.rules.no_regret import NoRegret
 from fedrobust.rules.rule import (
-    DEFAULT_EPS,
     Aggregator,
     Composite,
     CoordinateWise,

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from fedrobust.gram import Gram
-from fedrobust.kernels import Reducer, Vector, window_mean
+from fedrobust.kernels import Reducer, Vector
+from fedrobust.reducers import window_mean
 from fedrobust.rules.rule import Composite, CoordinateWise, Mixed, Mixing, Rule
 
 

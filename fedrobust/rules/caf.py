@@ -37,15 +37,16 @@ class CAF(Weighting):
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
         weights, best, smallest = gram.shares, gram.shares, np.inf
-        scores, steps = np.zeros(gram.n), 0
+        scores, near, steps = np.zeros(gram.n), None, 0
         while weights.sum() > 1 - 2 * gram.eps + 1e-9:
             normalised = weights / weights.sum()
-            values, projections = gram.spectrum(normalised)
-            tau = np.zeros(gram.n)
-            tau[normalised > 0] = projections[:, 0] ** 2
+            values, projections = gram.leading(normalised, near)
+            near = np.zeros(gram.n)
+            near[normalised > 0] = projections[:, 0]
+            tau = near**2
             if values[0] < smallest:
                 best, smallest = normalised, float(values[0])
-            if not tau.any() or len(values) == 1:
+            if not tau.any() or np.count_nonzero(normalised) == 1:
                 break
             scores = np.maximum(scores, tau / values[0])
             weights = weights * (1 - tau / tau.max())

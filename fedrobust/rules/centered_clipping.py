@@ -60,9 +60,10 @@ class ClippedAbout(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Move each row toward the centre until it is within the radius."""
-        norms, centre = np.diag(gram.matrix), np.zeros(gram.n)  # the reference: no weight on any row
-        for _ in range(self.steps):
-            toward = gram.matrix @ centre
+        product, norms = gram.product(self.steps - 1), gram.squared_norms
+        centre, toward = np.zeros(gram.n), np.zeros(gram.n)  # the reference: no weight on any row
+        for step in range(self.steps):
+            toward = product(centre) if step else toward
             distances = np.sqrt(np.maximum(norms - 2 * toward + centre @ toward, 0.0))
             radius = self._radius(gram, distances)
             factors = np.divide(radius, distances, out=np.ones_like(distances), where=distances > radius)

@@ -10,15 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from fedrobust.gram import most_malicious
-from fedrobust.kernels import (
-    Matrix,
-    Reducer,
-    Vector,
-    rank_mean,
-    sign_vote,
-    weighted_rank_mean,
-    window_mean,
-)
+from fedrobust.kernels import Matrix, Reducer, Vector
+from fedrobust.reducers import rank_mean, sign_vote, weighted_rank_mean, window_mean
 from fedrobust.rules.rule import CoordinateWise
 
 
@@ -114,12 +107,12 @@ def _trim(shares: Vector, eps: float) -> float:
 
 
 def _by_rank(shares: Vector, weigh: Callable[[Vector, Vector], Vector]) -> Reducer:
-    """Rank weights are the same for every coordinate exactly when the shares are uniform."""
+    """With uniform shares a run of ranks counts equally, the same one in every coordinate."""
     if np.ptp(shares) > 1e-12:
         return partial(weighted_rank_mean, shares=shares, weigh=weigh)
     upto = np.arange(1, len(shares) + 1) / len(shares)
-    weights = weigh(upto - 1 / len(shares), upto)
-    return partial(rank_mean, weights=weights / weights.sum())
+    ranks = np.flatnonzero(weigh(upto - 1 / len(shares), upto))
+    return partial(rank_mean, low=int(ranks[0]), high=int(ranks[-1]) + 1)
 
 
 def _middle(below: Matrix, upto: Matrix) -> Matrix:

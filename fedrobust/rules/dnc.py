@@ -41,7 +41,7 @@ class DnC(Weighting):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
-        values, projections = gram.spectrum(np.full(gram.n, 1 / gram.n))
+        values, projections = gram.leading(np.full(gram.n, 1 / gram.n))
         scores = projections[:, 0] ** 2
         kept = gram.n - min(math.floor(self.c * gram.f * (1 + 1e-9)), gram.n - 1)
         weights = np.zeros(gram.n)

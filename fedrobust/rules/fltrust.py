@@ -48,7 +48,7 @@ class RootLength(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Stretch or shorten the rows; those of next to no length have no direction and go."""
-        lengths = np.sqrt(np.diag(gram.matrix))
+        lengths = np.sqrt(gram.squared_norms)
         root = float(np.sqrt(gram.anchor("root")[1]))
         seen = lengths > _SHORTEST * root
         factors = np.divide(root, lengths, out=np.zeros_like(lengths), where=seen)
@@ -64,7 +64,7 @@ class RootCosine(Weighting):
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
         toward, norm = gram.anchor("root")
-        lengths = np.sqrt(np.diag(gram.matrix) * norm)
+        lengths = np.sqrt(gram.squared_norms * norm)
         cosines = np.divide(toward, lengths, out=np.zeros_like(toward), where=lengths > 0)
         trust = gram.shares * np.maximum(cosines, 0.0)
         return weigh(trust / (trust.sum() or 1.0), 1 - cosines)

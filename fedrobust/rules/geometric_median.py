@@ -24,11 +24,11 @@ class GeometricMedian(Weighting):
     Guarantee: ||z - mu_S|| <= 2 (1 - eps) / (1 - 2 eps) max_S ||x_i - mu_S|| (a factor sqrt d worse
     than the filter's for spread-out rows). Source: Pillutla, Kakade, Harchaoui, "Robust Aggregation
     for Federated Learning" (arXiv 1912.13445), algorithm 2. Deviation: nu is relative to the median
-    distance between rows, so that the rule is scale-equivariant.
+    distance of the rows from the current median, so that the rule is scale-equivariant.
 
     Attributes:
         steps: the most Weiszfeld steps taken.
-        nu: smoothing, in units of the median distance between rows.
+        nu: smoothing, in units of the median distance from the current median.
     """
 
     name = "geometric_median"
@@ -42,15 +42,16 @@ class GeometricMedian(Weighting):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
-        norms = np.diag(gram.matrix)
-        floor = self.nu * float(np.sqrt(np.median(np.median(gram.squared_distances, axis=1))))
+        product, norms = gram.product(self.steps), gram.squared_norms
         weights, distances = gram.shares, np.zeros(gram.n)
+        blur = 1e-8 * np.sqrt(norms)  # distances below this are rounding
         for _ in range(self.steps):
-            toward = gram.matrix @ weights
+            toward = product(weights)
             previous = distances
             distances = np.sqrt(np.maximum(norms - 2 * toward + weights @ toward, 0.0))
-            if np.allclose(distances, previous, rtol=1e-12, atol=floor):
+            if (np.abs(distances - previous) <= 1e-12 * distances + blur).all():
                 break
-            closeness = gram.shares / np.maximum(distances, floor or np.finfo(float).tiny)
+            floor = self.nu * float(np.median(distances)) or np.finfo(float).tiny
+            closeness = gram.shares / np.maximum(distances, floor)
             weights = closeness / closeness.sum()
         return weigh(weights, distances)

@@ -39,7 +39,7 @@ def _excess(gram: Gram, distances: Vector) -> Vector:
     d_ij - d_kj = (d_ij^2 - d_kj^2) / (d_ij + d_kj) and ||x_j||^2 drops out of the numerator, so a row
     of norm 1e30 does not drown what tells the others apart.
     """
-    norms = np.diag(gram.matrix)
+    norms = gram.squared_norms
     k = int(np.argmin(norms))
     difference = (norms - norms[k])[:, None] - 2 * (gram.matrix - gram.matrix[k])
     total = distances + distances[k]

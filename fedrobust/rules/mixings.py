@@ -90,7 +90,7 @@ class Clip(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Shorten the long rows."""
-        lengths = np.sqrt(np.diag(gram.matrix))
+        lengths = np.sqrt(gram.squared_norms)
         radius = np.sort(lengths)[gram.n - gram.f - 1] if self.radius is None else self.radius
         return shortened(gram, lengths, radius)
 
@@ -111,7 +111,7 @@ class ARC(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Shorten the longest rows."""
-        lengths = np.sqrt(np.diag(gram.matrix))
+        lengths = np.sqrt(gram.squared_norms)
         clipped = 2 * gram.f * (gram.n - gram.f) // gram.n
         return shortened(gram, lengths, np.sort(lengths)[gram.n - clipped - 1])
 

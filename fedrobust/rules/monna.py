@@ -49,6 +49,8 @@ class MoNNA(Weighting):
     def _distances(self, gram: Gram) -> Vector:
         if self.index is None:
             toward, norm = gram.anchor("root")
-            return np.asarray(np.maximum(np.diag(gram.matrix) - 2 * toward + norm, 0.0))
-        self.require(self.index < gram.n, f"there are only {gram.n} clients")
-        return np.asarray(gram.squared_distances[self.index])
+        else:
+            self.require(self.index < gram.n, f"there are only {gram.n} clients")
+            trusted = np.eye(gram.n)[self.index]
+            toward, norm = gram.product(1)(trusted), float(gram.squared_norms[self.index])
+        return np.asarray(np.maximum(gram.squared_norms - 2 * toward + norm, 0.0))

@@ -9,7 +9,7 @@ import numpy as np
 from fedrobust.gram import Gram
 from fedrobust.kernels import Vector
 from fedrobust.rules.rule import Mixed, Weighting, weigh
-from fedrobust.verdict import VISIBLE, bulk_edge
+from fedrobust.verdict import read_levels
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,21 +48,21 @@ class NoRegret(Weighting):
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
         cap, weights = gram.shares / (1 - gram.eps), gram.shares
-        best, smallest, edge, scores = weights, np.inf, None, np.zeros(gram.n)
-        rows = int(np.count_nonzero(weights))
+        best, smallest, levels, near = weights, np.inf, None, None
+        scores = np.zeros(gram.n)
         for _ in range(self.steps + gram.f):
-            values, projections = gram.spectrum(weights)
+            values, projections = gram.leading(weights, near)
             if values[0] < smallest:
                 best, smallest = weights, float(values[0])
-            rounding, gone = gram.rounding(weights), rows - int(np.count_nonzero(weights))
-            found = bulk_edge(values, gram.f - gone)
-            edge = edge or (found if found and found > rounding else None)
-            if gram.f == 0 or values[0] <= max(VISIBLE * (edge or 0.0), rounding):
+            levels = levels or read_levels(gram, weights, values)
+            level = levels.visible if levels else 0.0
+            if gram.f == 0 or values[0] <= max(level, gram.rounding(weights)):
                 break
-            tau = np.zeros(gram.n)
-            tau[weights > 0] = projections[:, 0] ** 2
+            near = np.zeros(gram.n)
+            near[weights > 0] = projections[:, 0]
+            tau = near**2
             scores = np.maximum(scores, tau / values[0])
-            marked = weights * (1 - (0.5 if edge else 1.0) * tau / tau.max())
+            marked = weights * (1 - (0.5 if levels else 1.0) * tau / tau.max())
             if cap[marked > 0].sum() < 1:
                 break
             weights = _project(marked, cap)

@@ -21,9 +21,6 @@ from fedrobust.kernels import Matrix, Reducer, Vector
 from fedrobust.text import Textual
 from fedrobust.verdict import Verdict
 
-DEFAULT_EPS = 0.2
-"""The malicious fraction assumed where neither the rule nor the caller names one."""
-
 
 @dataclass(frozen=True)
 class Mixed:
@@ -52,15 +49,17 @@ class Rule(Textual):
     """Base of every rule.
 
     Attributes:
-        eps: the fraction of the clients that may be malicious, 0 <= eps < 1/2; None leaves it to the
-            other parts of the composition, to the caller of `aggregate`, or to 0.2, in this order.
+        eps: the fraction of the clients that may be malicious, 0 <= eps < 1/2, or "auto" to estimate it
+            from the spectrum; None leaves it to the other parts of the composition, to the caller of
+            `aggregate`, or to 0.2, in this order.
     """
 
-    eps: float | None = field(default=None, kw_only=True)
+    eps: float | str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.eps is None or 0 <= self.eps < 0.5, "eps must be in [0, 0.5)")
+        fits = 0 <= self.eps < 0.5 if isinstance(self.eps, int | float) else self.eps in (None, "auto")
+        self.require(fits, "eps must be in [0, 0.5), or 'auto'")
 
     def __or__(self, other: Rule | Aggregator) -> Aggregator:
         return Aggregator((self,)) | other
@@ -153,6 +152,8 @@ class Aggregator:
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
+        if not self.rules:
+            raise InputError("a composition needs at least one rule")
         for rule in self.rules[:-1]:
             if not isinstance(rule, Mixing):
                 raise InputError(
@@ -162,7 +163,7 @@ class Aggregator:
         named = {rule.eps for rule in self.rules if rule.eps is not None}
         if len(named) > 1:
             raise InputError(
-                f"{self!r}: names more than one eps ({', '.join(map(str, sorted(named)))}); eps is "
+                f"{self!r}: names more than one eps ({', '.join(sorted(map(str, named)))}); eps is "
                 "the fraction of malicious clients, one for the whole composition"
             )
 
@@ -174,7 +175,7 @@ class Aggregator:
         return Aggregator((*self.rules, *tail))
 
     @property
-    def eps(self) -> float | None:
+    def eps(self) -> float | str | None:
         """The eps that the composition names, if any."""
         return next((rule.eps for rule in self.rules if rule.eps is not None), None)
 
@@ -203,7 +204,7 @@ class Aggregator:
             mixings.append(mixed.matrix)
             matrix = mixed.matrix if matrix is None else mixed.matrix @ matrix
             gram = gram.through(mixed.matrix, mixed.shares, mixed.eps)
-        if not self.rules or isinstance(self.rules[-1], Mixing):
+        if isinstance(self.rules[-1], Mixing):
             raise InputError(f"{self!r} only mixes; end it with a rule, as in {self!r} | filter")
         return Decision(tuple(mixings), None, scores, verdict, notes)
 

@@ -61,7 +61,7 @@ class LengthBand(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Shorten the longer half; the (lower) median row itself is always within the band."""
-        lengths = np.sqrt(np.diag(gram.matrix))
+        lengths = np.sqrt(gram.squared_norms)
         median = float(np.sort(lengths)[(gram.n - 1) // 2])
         within = (lengths >= self.low * median) & (lengths <= self.high * median)
         shares = np.where(within, gram.shares, 0.0)

@@ -89,33 +89,55 @@ def default_radius(X: Matrix, f: int) -> float:
     return sorted(math.sqrt(square(x)) for x in X)[len(X) - f - 1]
 
 
-def spectral_filter(X: Matrix, f: int, shares: Vector | None = None) -> Vector:
+def entropy_scores(along: list[Vector], variances: list[float], alpha: float) -> Vector:
+    """(x - mu)^T U (x - mu) over the largest eigenvalue of U; the top direction alone as alpha grows."""
+    if alpha == math.inf:
+        return np.asarray(along[int(np.argmax(variances))] ** 2)
+    emphasis = [math.exp(alpha * (v / max(variances) - 1)) for v in variances]
+    return np.sum([u * a**2 for u, a in zip(emphasis, along, strict=True)], axis=0)
+
+
+def spectral_filter(X: Matrix, f: int, shares: Vector | None = None, alpha: float = math.inf) -> Vector:
     """Diakonikolas & Kane 2019, section 3, in d-space: soft weights, the singular vectors of the rows.
 
     The thresholds are ours: `VISIBLE` times lambda_{f+2} of the raw round, `ALARMING` times once f/n of
-    the mass is gone.
+    the mass is gone. And so is the use of all singular vectors before they are worked out anew. Finite
+    alpha: Dong, Hopkins, Li 2019, scores (x - mu)^T U (x - mu).
     """
-    n = len(X)
+    n, d = X.shape
     b = np.ones(n) / n if shares is None else shares
-    w, threshold, best, smallest = b.copy(), None, b, math.inf
-    for _ in range(n + 1):
+    w, edge, best, smallest = b.copy(), None, b, math.inf
+
+    def level() -> float | None:
+        return edge and edge * (VISIBLE if 1 - sum(w) < f / n - 1e-9 else ALARMING)
+
+    while True:
         p = w / sum(w)
         mu = p @ X
         _, singular, directions = np.linalg.svd(np.sqrt(p)[:, None] * (X - mu), full_matrices=False)
         spectrum = [*singular**2, *[0.0] * n]
-        if threshold is None and spectrum[f + 1] > 1e-9 * spectrum[0]:
-            threshold = spectrum[f + 1]
+        gone = sum(w == 0)
+        if edge is None and f - gone + 2 <= min(n, d) and spectrum[f - gone + 1] > 1e-9 * spectrum[0]:
+            edge = spectrum[f - gone + 1]
         if spectrum[0] < smallest:
             best, smallest = p, spectrum[0]
-        factor = VISIBLE if 1 - sum(w) < f / n - 1e-9 else ALARMING
-        if f == 0 or spectrum[0] <= factor * (threshold or 0.0):
-            break
-        tau = np.array([((x - mu) @ directions[0]) ** 2 for x in X])
-        w = w * (1 - tau / max(t for t, mass in zip(tau, w, strict=True) if mass > 0))
-        w[w < 1e-12] = 0
-        if 1 - sum(w) > 2 * f / n + 1e-9:
-            break
-    return best @ X
+        if f == 0 or spectrum[0] <= (level() or 0.0):
+            return best @ X
+        steps = 0
+        while True:
+            p = w / sum(w)
+            along = [(X - p @ X) @ v for v in directions]
+            variances = [p @ a**2 for a in along]
+            if max(variances) <= (level() or spectrum[0]) * (1 - 1e-9):
+                break
+            tau = entropy_scores(along, variances, alpha)
+            after = w * (1 - tau / max(t for t, mass in zip(tau, w, strict=True) if mass > 0))
+            after[after < 1e-12] = 0
+            if 1 - sum(after) > 2 * f / n + 1e-9:
+                break
+            w, steps = after, steps + 1
+        if not steps:
+            return best @ X
 
 
 def root(X: Matrix) -> Vector:
@@ -280,30 +302,6 @@ def signguard(X: Matrix, f: int) -> Vector:
     return mean(clip(X[chosen], m))
 
 
-def entropy_filter(X: Matrix, f: int, alpha: float = 4.0) -> Vector:
-    """Dong, Hopkins, Li 2019: the filter with scores (x - mu)^T U (x - mu), U in d-space."""
-    n, w, edge = len(X), np.ones(len(X)) / len(X), None
-    best, smallest = w, math.inf
-    while True:
-        p = w / sum(w)
-        mu = p @ X
-        values, vectors = np.linalg.eigh((X - mu).T @ np.diag(p) @ (X - mu))
-        spectrum = [*values[::-1], *[0.0] * n]
-        if edge is None and spectrum[f + 1] > 1e-9 * spectrum[0]:
-            edge = spectrum[f + 1]
-        if spectrum[0] < smallest:
-            best, smallest = p, spectrum[0]
-        factor = VISIBLE if 1 - sum(w) < f / n - 1e-9 else ALARMING
-        if f == 0 or spectrum[0] <= factor * (edge or 0.0):
-            return best @ X
-        U = vectors @ np.diag(np.exp(alpha * (values / values[-1] - 1))) @ vectors.T
-        tau = np.array([(x - mu) @ U @ (x - mu) for x in X])
-        w = w * (1 - tau / max(t for t, mass in zip(tau, w, strict=True) if mass > 0))
-        w[w < 1e-12] = 0
-        if 1 - sum(w) > 2 * f / n + 1e-9:
-            return best @ X
-
-
 def capped(p: Vector, cap: float) -> Vector:
     """The nearest distribution to p in relative entropy with no weight above cap: by bisection."""
     low, high = 0.0, cap / min(p[p > 0])
@@ -350,8 +348,8 @@ ORACLES: dict[str, Callable[[Matrix, int], Vector]] = {
     "median": median,
     "trimmed_mean": trimmed_mean,
     "filter": spectral_filter,
-    "entropy_filter": entropy_filter,
-    "entropy_filter(alpha=20.0)": lambda X, f: entropy_filter(X, f, 20.0),
+    "entropy_filter": lambda X, f: spectral_filter(X, f, alpha=4.0),
+    "entropy_filter(alpha=20.0)": lambda X, f: spectral_filter(X, f, alpha=20.0),
     "no_regret": no_regret,
     "meamed": meamed,
     "sign_majority": sign_majority,

@@ -1,0 +1,54 @@
+"""The malicious fraction: named by somebody, or estimated from the round."""
+
+from __future__ import annotations
+
+import math
+
+from fedrobust.errors import InputError
+from fedrobust.gram import Gram
+from fedrobust.rules.filter import Filter
+
+DEFAULT_EPS = 0.2
+"""The malicious fraction assumed where neither the rule nor the caller names one."""
+AUTO = "auto"
+"""The malicious fraction is to be estimated."""
+_MOST = 0.499
+_STANDS_OUT = 10.0
+"""Honest rounds show less between their first eigenvalue and the middle one (docs/rules.md)."""
+
+
+def assume(gram: Gram, *named: object) -> Gram:
+    """The same rows, with the malicious mass that is named.
+
+    Args:
+        gram: the n rows.
+        named: who comes first decides; None leaves it to the next, and all of them to 0.2.
+
+    Raises:
+        InputError: it is neither in [0, 0.5) nor "auto".
+    """
+    eps = next((name for name in named if name is not None), DEFAULT_EPS)
+    if eps == AUTO:
+        return gram.assuming(estimate_eps(gram))
+    if not isinstance(eps, int | float) or not 0 <= eps < 0.5:
+        raise InputError(f"eps must be in [0, 0.5), the malicious fraction, or 'auto'; got {eps!r}")
+    return gram.assuming(float(eps))
+
+
+def estimate_eps(gram: Gram) -> float:
+    """The mass that has to go until nothing stands out against the middle of the spectrum.
+
+    Fewer than half of the rows are malicious, so they cannot move the eigenvalue of rank n / 2 beyond
+    the honest spread; what stands out ten times above it is filtered, and the mass that this takes is
+    the estimate. An attack that does not stand out is not counted: it is one that the filter would let pass
+    with eps known, but a certificate for this eps does not cover it.
+
+    Source: ours; the third regime of the filter, with neither sigma nor eps known.
+    """
+    half = gram.assuming(_MOST)
+    threshold = Filter()(half).notes["threshold"]
+    if threshold == 0:
+        return 0.0
+    sigma = math.sqrt(threshold * _STANDS_OUT / 3 * (1 - 2 * _MOST))
+    removed = Filter(sigma=sigma)(half).notes["removed"]
+    return min(removed * (1 + 1e-6), _MOST)

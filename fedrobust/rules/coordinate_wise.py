@@ -107,15 +107,20 @@ def _scaled_vote(tile: Tensor, shares: Vector, scale: float) -> Tensor:
 
 
 def _trim(shares: Vector, eps: float) -> float:
-    if np.ptp(shares) > 0:
+    if _uneven(shares):
         return min(eps, 0.5 - 1e-6)
     n = len(shares)
     return float(min(np.floor(eps * n * (1 + 1e-9)), (n - 1) // 2)) / n
 
 
+def _uneven(shares: Vector) -> bool:
+    """Whether the shares differ by more than rounding."""
+    return bool(np.ptp(shares) > 1e-12)
+
+
 def _by_rank(shares: Vector, weigh: Callable[[Vector, Vector], Vector]) -> Reducer:
     """Rank weights are the same for every coordinate exactly when the shares are uniform."""
-    if np.ptp(shares) > 1e-12:
+    if _uneven(shares):
         return partial(weighted_rank_mean, shares=shares, weigh=weigh)
     upto = np.arange(1, len(shares) + 1) / len(shares)
     weights = weigh(upto - 1 / len(shares), upto)
@@ -128,7 +133,7 @@ def _middle(below: Matrix, upto: Matrix) -> Matrix:
 
 
 def _between(below: Matrix, upto: Matrix, trim: float) -> Matrix:
-    """The mass of each value that lies between the trimmed ends."""
-    mass = np.clip(upto, trim, 1 - trim) - np.clip(below, trim, 1 - trim)
+    """The mass of each value that lies between the trimmed ends, of all that does."""
+    mass = (np.clip(upto, trim, 1 - trim) - np.clip(below, trim, 1 - trim)) / (1 - 2 * trim)
     # Rounding must not leave a trimmed value 1e-17 of weight: its value may be 1e30.
     return np.where(mass > 1e-9, mass, 0.0)

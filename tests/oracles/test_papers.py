@@ -521,6 +521,20 @@ def test_the_weighted_trimmed_mean_cuts_eps_of_the_mass_at_each_end(seed: int, e
     np.testing.assert_allclose(aggregate(X, "trimmed_mean", shares, eps=eps).value, expected)
 
 
+def test_shares_that_differ_by_rounding_trim_as_equal_ones() -> None:
+    X = np.random.default_rng(0).normal(size=(11, 5))
+    value = aggregate(X, "trimmed_mean", [0.1 + 0.2, *[0.3] * 10], eps=0.2).value
+    np.testing.assert_allclose(value, trimmed_mean(X, 2))
+
+
+def test_many_light_rows_next_to_the_middle_are_a_trimmed_mean() -> None:
+    """Each holds less than what is taken for rounding; together they hold all that is left."""
+    X = np.concatenate([[[-1.0], [1.0]], np.linspace(-0.01, 0.01, 25_000)[:, None]])
+    shares = [1.0, 1.0, *np.full(25_000, 2e-10)]
+    value = aggregate(X, "trimmed_mean", shares, eps=0.4999999).value
+    assert abs(value[0]) <= 0.01
+
+
 def test_a_value_without_share_is_no_middle_value() -> None:
     X = np.array([[0.0], [10.0], [3.0]])
     assert aggregate(X, "median", [1, 1, 0]).value[0] == pytest.approx(5.0)

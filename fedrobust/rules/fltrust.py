@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedrobust.gram import Gram
+from fedrobust.rules.mixings import row_lengths
 from fedrobust.rules.rule import Composite, Mixed, Mixing, Rule, Weighting, weigh
 
 _SHORTEST = 1e-12
@@ -48,7 +49,7 @@ class RootLength(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Stretch or shorten the rows; those of next to no length have no direction and go."""
-        lengths = np.sqrt(np.diag(gram.matrix))
+        lengths = row_lengths(gram)
         root = float(np.sqrt(gram.anchor("root")[1]))
         seen = lengths > _SHORTEST * root
         factors = np.divide(root, lengths, out=np.zeros_like(lengths), where=seen)
@@ -64,7 +65,7 @@ class RootCosine(Weighting):
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
         toward, norm = gram.anchor("root")
-        lengths = np.sqrt(np.diag(gram.matrix) * norm)
+        lengths = row_lengths(gram) * np.sqrt(norm)
         cosines = np.divide(toward, lengths, out=np.zeros_like(toward), where=lengths > 0)
         trust = gram.shares * np.maximum(cosines, 0.0)
         return weigh(trust / (trust.sum() or 1.0), 1 - cosines)

@@ -29,7 +29,8 @@ class Medoid(Weighting):
         """Choose one row."""
         distances = np.sqrt(gram.squared_distances)
         weights = np.zeros(gram.n)
-        weights[np.argmin(_excess(gram, distances))] = 1.0
+        excess = np.where(gram.shares > 0, _excess(gram, distances), np.inf)
+        weights[np.argmin(excess)] = 1.0
         return weigh(weights, distances @ gram.shares)
 
 

@@ -90,8 +90,8 @@ class Clip(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Shorten the long rows."""
-        lengths = np.sqrt(np.diag(gram.matrix))
-        radius = np.sort(lengths)[gram.n - gram.f - 1] if self.radius is None else self.radius
+        lengths = row_lengths(gram)
+        radius = length_of(gram, lengths, 1 - gram.eps) if self.radius is None else self.radius
         return shortened(gram, lengths, radius)
 
 
@@ -111,9 +111,26 @@ class ARC(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Shorten the longest rows."""
-        lengths = np.sqrt(np.diag(gram.matrix))
-        clipped = 2 * gram.f * (gram.n - gram.f) // gram.n
-        return shortened(gram, lengths, np.sort(lengths)[gram.n - clipped - 1])
+        lengths = row_lengths(gram)
+        eps = gram.eps if np.ptp(gram.shares) > 1e-12 else gram.f / gram.n
+        return shortened(gram, lengths, length_of(gram, lengths, 1 - 2 * eps * (1 - eps)))
+
+
+def row_lengths(gram: Gram) -> Vector:
+    """(n,) lengths of the rows; mixed rows may cancel out, and leave a rounding error below zero."""
+    return np.asarray(np.sqrt(np.maximum(np.diag(gram.matrix), 0.0)))
+
+
+def length_of(gram: Gram, lengths: Vector, mass: float) -> float:
+    """The smallest of these (n,) lengths that rows of at least this mass do not exceed.
+
+    With equal shares and mass 1 - f / n it is the (n - f)-th smallest. Clients without a share of the
+    mass have no say in it, however many they are.
+    """
+    order = np.argsort(lengths, kind="stable")
+    upto = np.cumsum(gram.shares[order])
+    first = int(np.searchsorted(upto, mass - 1e-9))
+    return float(lengths[order[min(first, gram.n - 1)]])
 
 
 def shortened(gram: Gram, lengths: Vector, radius: float) -> Mixed:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix
-from fedrobust.rules.mixings import shortened
+from fedrobust.rules.mixings import length_of, row_lengths, shortened
 from fedrobust.rules.rule import Composite, Mixed, Mixing, Rule, Weighting, weigh
 
 
@@ -61,8 +61,8 @@ class LengthBand(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Shorten the longer half; the (lower) median row itself is always within the band."""
-        lengths = np.sqrt(np.diag(gram.matrix))
-        median = float(np.sort(lengths)[(gram.n - 1) // 2])
+        lengths = row_lengths(gram)
+        median = length_of(gram, lengths, 0.5)
         within = (lengths >= self.low * median) & (lengths <= self.high * median)
         shares = np.where(within, gram.shares, 0.0)
         mixed = shortened(gram, lengths, median)

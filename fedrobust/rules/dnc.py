@@ -21,15 +21,18 @@ class DnC(Weighting):
     It always drops c f rows, honest ones where nobody is malicious, and it looks once: f rows that
     are far out in different directions need not all be seen (`filter` looks again).
 
-    Guarantee: the paper bounds what is left along v for c >= 1. Shares are not used (the paper has no
-    such form); ties keep the first clients. Scores: s_i over the top eigenvalue.
-    Source: Shejwalkar & Houmansadr 2021, "Manipulating the Byzantine" (NDSS), section VI, algorithm 2.
+    Guarantee: the paper bounds what is left along v for c >= 1; none on the distance here, since one
+    look is not enough. Breakdown point: 1 / (1 + c) by count, far less against rows in many directions.
+    Shares only tell how many rows can be malicious (the paper has no weighted form); ties keep the
+    first clients. Scores: s_i over the top eigenvalue.
     Deviation: the paper draws coordinates at random, several times, so that a singular value
-    decomposition becomes affordable; the Gram matrix gives the exact eigenvector of all of them.
-    Cost: one eigenproblem of size n.
+    decomposition becomes affordable, and keeps whoever is kept every time; the Gram matrix gives the
+    exact eigenvector of all coordinates, once. Cost: one eigenproblem of size n after the Gram.
+    Source: Shejwalkar & Houmansadr 2021, "Manipulating the Byzantine: Optimizing Model Poisoning
+    Attacks and Defenses for Federated Learning" (NDSS).
 
     Attributes:
-        c: rows dropped for each that may be malicious.
+        c: rows dropped for each that may be malicious; one row is always kept.
     """
 
     name = "dnc"

@@ -19,6 +19,7 @@ from fedrobust.kernels import (
     weighted_rank_mean,
     window_mean,
 )
+from fedrobust.rules.majority import require_majority
 from fedrobust.rules.rule import CoordinateWise
 
 
@@ -75,10 +76,10 @@ class Meamed(CoordinateWise):
     They are neighbours in sorted order, the best window of n - f.
 
     Guarantee: no value that is averaged is farther outside the honest values' range than that range is
-    wide; error O(sigma sqrt(d) eps) against a coordinated shift of bell-shaped rows. Breakdown point
-    1/2. Shares only tell how many rows can be malicious (the paper has no weighted form). No scores, no
-    weights. Deviations: none; of two windows that reach equally far, the lower one. Cost: a sort of
-    every coordinate; no Gram.
+    wide; error O(sigma sqrt(d) eps) against a coordinated shift of bell-shaped rows. Needs n > 2 f;
+    breakdown point 1/2. Shares only tell how many rows can be malicious (the paper has no weighted
+    form). No scores, no weights. Deviations: none; of two windows that reach equally far, the lower one.
+    Cost: a sort of every coordinate; no Gram.
     Source: Xie, Koyejo, Gupta 2018, "Generalized Byzantine-tolerant SGD" (arXiv 1802.10116).
     """
 
@@ -86,7 +87,9 @@ class Meamed(CoordinateWise):
 
     def reducer(self, shares: Vector, eps: float) -> Reducer:
         """The best window."""
-        return partial(window_mean, keep=len(shares) - most_malicious(shares, eps))
+        n, f = len(shares), most_malicious(shares, eps)
+        require_majority(self, n, f)
+        return partial(window_mean, keep=n - f)
 
 
 @dataclass(frozen=True, repr=False)

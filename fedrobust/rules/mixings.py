@@ -9,6 +9,7 @@ import numpy as np
 
 from fedrobust.gram import Gram
 from fedrobust.kernels import Vector
+from fedrobust.rules.majority import require_majority
 from fedrobust.rules.rule import Mixed, Mixing
 
 
@@ -20,9 +21,9 @@ class NNM(Mixing):
 
     Guarantee: brings any standard rule to the optimal order under heterogeneous data: a rule whose
     squared error is at most kappa times the honest rows' mean squared distance has 8 f / (n - f)
-    (kappa + 1) times it behind this. Breakdown point 1/2, or the rule's. Shares stay with their rows and
-    do not weigh the neighbours (the paper has no such form). No scores. Deviations: none; ties go to the
-    first clients. Cost: n^2 log n after the Gram; the mixed rows are never formed.
+    (kappa + 1) times it behind this. Needs n > 2 f; breakdown point 1/2, or the rule's. Shares stay with
+    their rows and do not weigh the neighbours (the paper has no such form). No scores. Deviations: none;
+    ties go to the first clients. Cost: n^2 log n after the Gram; the mixed rows are never formed.
     Source: Allouah, Farhadkhani, Guerraoui, Gupta, Pinot, Stephan 2023, "Fixing by Mixing: A Recipe for
     Optimal Byzantine ML under Heterogeneity" (arXiv 2302.01772).
     """
@@ -31,6 +32,7 @@ class NNM(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Mix each row with its neighbours."""
+        require_majority(self, gram.n, gram.f)
         count = gram.n - gram.f
         nearest = np.argsort(gram.squared_distances, axis=1, kind="stable")[:, :count]
         matrix = np.zeros((gram.n, gram.n))

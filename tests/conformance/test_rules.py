@@ -533,6 +533,16 @@ def test_a_crowd_with_next_to_no_share_decides_nothing(rule: str, share: float) 
     close(value, aggregate(honest, rule, anchors=root).value, 1e-4)
 
 
+@pytest.mark.parametrize("rule", ["nnm | median", "meamed", "dnc", "krum", "multi_krum", "bulyan"])
+@pytest.mark.parametrize("share", [0.0, 1e-9])
+def test_a_crowd_with_next_to_no_share_is_refused_by_rules_that_count_rows(
+    rule: str, share: float
+) -> None:
+    X = np.concatenate([30 + 1e-6 * normal(13), normal(12)])
+    with pytest.raises(InputError, match=r"f = 1\d malicious"):
+        aggregate(X, rule, [*np.full(13, share), *np.ones(12)])
+
+
 def test_a_crowd_with_next_to_no_share_does_not_set_signguards_length() -> None:
     crowd, honest = 1e-9 * np.abs(normal(20)), np.abs(normal(10))
     shares = [*np.full(20, 1e-9), *np.ones(10)]

@@ -31,6 +31,8 @@ from fedrobust.verdict import Verdict, judge
 
 LARGEST_NORM = 1e60
 """Longer rows are refused: beyond every float32 row, and the fourth power is still a float64."""
+FLOAT32, FLOAT64 = 5e-8, 1e-14
+"""Precision of inner products of such rows, in units of the rows' lengths."""
 _MOST_COORDINATES = 2048
 """With more rows than coordinates, up to so many of these, an eigenproblem in their space is cheap."""
 
@@ -68,6 +70,11 @@ class LocalRows:
     def width(self) -> int:
         """Number of coordinates, d."""
         return sum(block.width for block in self.blocks)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all coordinates are float64."""
+        return all(block.dtype == torch.float64 for block in self.blocks)
 
     def matrix(self) -> Matrix:
         """(n, d) float64: the rows themselves, measured from the reference."""
@@ -175,7 +182,14 @@ def aggregate(  # noqa: PLR0913 (the front door)
         rows = LocalRows(tuple(block.select(chosen.tolist()) for block in rows.blocks))
         matrix, squares = None if matrix is None else matrix[np.ix_(chosen, chosen)], squares[chosen]
     gram = gram_of(
-        rows, _masses(shares, n)[kept], squares, seed, names, certified=certified, matrix=matrix
+        rows,
+        _masses(shares, n)[kept],
+        squares,
+        seed,
+        names,
+        certified=certified,
+        matrix=matrix,
+        precision=1e-4 if bfloat16 else FLOAT64 if rows.exact else FLOAT32,
     )
     few = rows.width < len(squares) and rows.width <= _MOST_COORDINATES
     gram = replace(gram, width=rows.width, factor=rows.matrix() if few else None)
@@ -228,6 +242,7 @@ def gram_of(
     *,
     certified: bool = True,
     matrix: Matrix | None = None,
+    precision: float = FLOAT32,
 ) -> Gram:
     """The statistic of rows that may be remote; no pass is made before a rule asks.
 
@@ -239,6 +254,7 @@ def gram_of(
         anchors: names of the last a rows, which are the server's own.
         certified: whether the certificate, which needs the whole matrix, will be asked for.
         matrix: (n + a, n + a) inner products, if they are at hand.
+        precision: of inner products, in units of the rows' lengths.
 
     Raises:
         InputError: the rows have no share at all.
@@ -261,6 +277,7 @@ def gram_of(
         ),
         multiply=multiply if without else None,
         norms=squares,
+        precision=precision,
     )
 
 

@@ -76,14 +76,15 @@ def certify(gram: Gram, mixings: Sequence[Matrix]) -> tuple[Certificate, Vector]
         The certificate, and the eigenvalues of its view's covariance, largest first; zero if they are
         nothing but rounding.
     """
-    honest = math.sqrt(gram.raw_eigenvalues[0] / (1.0 - gram.eps))
+    raw = float(gram.raw_eigenvalues[0]) + gram.rounding(gram.shares)
+    honest = math.sqrt(raw / (1.0 - gram.eps))
     views: list[tuple[Certificate, Vector]] = []
     for points, weights in _views(mixings):
         held = weights if points is None else weights @ np.where(_untouched(points), points, 0.0)
         variation = _variation(gram.shares, held, gram.eps)
         if variation < 1.0 or not views:
             values, rounding = _spectrum(gram, points, weights)
-            spread = math.sqrt(values[0])
+            spread = math.sqrt(values[0] + rounding)
             seen = values if values[0] > rounding else np.zeros_like(values)
             views.append((Certificate(variation, spread, honest, gram.eps), seen))
     # Not for the honest spread as judged from the raw round: one huge row would hide all difference.
@@ -128,4 +129,5 @@ def _variation(shares: Vector, weights: Vector, eps: float) -> float:
     before = np.cumsum(shares[order]) - shares[order]
     taken = np.clip(eps - before, 0.0, shares[order])
     worst = float((density[order] * taken).sum())
-    return min(max(1.0 - float(common.sum()) + worst, 0.0), 1.0)
+    variation = max(1.0 - float(common.sum()) + worst, 0.0)
+    return variation if variation < 1.0 - 1e-9 else 1.0  # the difference from 1 is rounding, and divides

@@ -50,6 +50,7 @@ class Gram:
         multiply: products with the matrix without the matrix, each a pass over the rows; None where
             the matrix is at hand, or will be needed anyway.
         norms: (n + a,) squared norms of all rows where they are known without the matrix.
+        precision: the error of an inner product, in units of the two rows' lengths.
         width: how many coordinates a row has, where that is known: there are no more eigenvalues.
     """
 
@@ -62,6 +63,7 @@ class Gram:
     factor: Matrix | None = None
     multiply: Product | None = None
     norms: Vector | None = None
+    precision: float = 1e-14
     width: int | None = None
 
     @cached_property
@@ -131,7 +133,13 @@ class Gram:
         if self.factor is not None:
             rows = self.factor[: self.n]
             return np.asarray(np.einsum("ij,ij->i", rows, rows))
-        return np.asarray(np.diag(self.matrix))
+        # Mixed rows may cancel out, and leave a rounding error below zero.
+        return np.asarray(np.maximum(np.diag(self.matrix), 0.0))
+
+    @cached_property
+    def lengths(self) -> Vector:
+        """(n,) distances of the rows from the reference."""
+        return np.asarray(np.sqrt(self.squared_norms))
 
     def anchor(self, name: str) -> tuple[Vector, float]:
         """(n,) inner products of the rows with one of the server's own, and its squared norm.
@@ -172,7 +180,7 @@ class Gram:
     @cached_property
     def cosines(self) -> Matrix:
         """(n, n) cosines between rows: 1 on the diagonal, otherwise 0 for a row of zeros."""
-        lengths = np.sqrt(np.diag(self.matrix))
+        lengths = self.lengths
         inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
         cosines: Matrix = np.clip(inverse[:, None] * self.matrix * inverse[None, :], -1.0, 1.0)
         np.fill_diagonal(cosines, 1.0)
@@ -222,10 +230,10 @@ class Gram:
     def rounding(self, weights: Vector) -> float:
         """An eigenvalue of the weighted covariance below this is as good as zero.
 
-        Inner products of float32 rows are good to some 1e-8 of the rows' lengths, and so is what is
-        left of them when all rows are equal.
+        Inner products are good to `precision` of the rows' lengths, and so is what is left of them when
+        all rows are equal: no eigenvalue is wrong by more than this.
         """
-        return 1e-8 * float(weights @ self.squared_norms)
+        return self.precision * float(weights @ self.squared_norms)
 
     def eigenvalues(self, weights: Vector) -> Vector:
         """(k,) eigenvalues of the weighted covariance, largest first: `spectrum` without directions."""
@@ -314,6 +322,7 @@ class Gram:
             count_signs=None if count is None else lambda mixing: count(mixing @ matrix),
             factor=mixed if mixed is not None and mixed.shape[1] < len(shares) else None,
             multiply=None if multiply is None else lambda v: np.asarray(whole @ multiply(whole.T @ v)),
+            precision=self.precision,
             width=self.width,
         )
 

@@ -150,6 +150,8 @@ def _read(tree: Tree) -> Leaves | str:
         return dict(_leaves(tree))
     except InputError as error:
         return str(error)
+    except Exception as error:  # noqa: BLE001 (whatever a thing does when it is read, only it is refused)
+        return f"cannot be read: {type(error).__name__}: {error}"
 
 
 def _read_reference(reference: Tree) -> Leaves:

@@ -76,6 +76,8 @@ def judge(gram: Gram, kept: Vector, gone: int) -> Verdict:
     raw = gram.raw_eigenvalues
     if gram.n < gram.f + 3 or not has_bulk(gram, gram.shares):
         return Verdict.NOT_JUDGED
+    if raw[0] <= gram.rounding(gram.shares):  # all alike
+        return Verdict.CLEAR
     edge = bulk_edge(raw, gram.f)
     if edge is not None and raw[0] <= ALARMING * edge:
         return Verdict.CLEAR

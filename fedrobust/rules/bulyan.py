@@ -23,14 +23,15 @@ class Bulyan(Composite):
 
     The point of the second step: a row may be near in distance and far in one coordinate.
 
-    Guarantee: every coordinate within O(sigma / sqrt d) of the honest mean's for n >= 4 f + 3, which
-    is required; breakdown point 1/4. Ties go to the row whose distances to all the others sum to less,
-    then to the first client; shares are not used (the paper has no such form). Scores: Krum's, among
-    all the rows.
-    Source: El Mhamdi, Guerraoui, Rouault 2018 (arXiv 1802.07927), section 4. Deviation: near the end
-    fewer rows are left than Krum asks for; it then sums over one neighbour at least,
-    and a pair of nearest neighbours ties. Cost: n^3 after
-    the Gram, then a sort of every coordinate.
+    Guarantee: for n >= 4 f + 3, which is required, the paper bounds what an attacker can gain in one
+    coordinate by O(sigma / sqrt d). Breakdown point 1/4. Shares only tell how many rows can be
+    malicious (the paper has no weighted form). Scores: Krum's, among all the rows.
+    Deviations: near the end fewer rows are left than Krum asks for; it then sums over one neighbour at
+    least, and a pair of nearest neighbours ties. Ties go to the row whose distances to all the others
+    sum to less, then to the first client. f = 0 is answered for any n.
+    Cost: n^3 log n after the Gram, then a sort of every coordinate.
+    Source: El Mhamdi, Guerraoui, Rouault 2018, "The Hidden Vulnerability of Distributed Learning in
+    Byzantium" (arXiv 1802.07927).
     """
 
     name = "bulyan"

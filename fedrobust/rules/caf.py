@@ -24,8 +24,11 @@ class CAF(Weighting):
 
     Guarantee: error O(sigma sqrt eps) whatever d is, with sigma unknown; breakdown point 1/2. Weighted
     by shares (the paper has unit weights). Scores: the largest tau_i over the lambda of its step.
+    Deviation: the budget is 2 eps of the mass, where the paper has 2 f clients: with eps n not whole it
+    is larger, and rows may go where not one can be malicious. Cost: at most n + 1 eigenproblems of size
+    n after the Gram.
     Source: Allouah, Guerraoui, Stephan 2025, "Towards Trustworthy Federated Learning with Untrusted
-    Participants" (arXiv 2505.01874), algorithm 2. Cost: at most n + 1 eigenproblems of size n.
+    Participants" (arXiv 2505.01874).
 
     ByzFL's code differs from this: one step of the power method from a random start stands for the
     eigenpair, so that two runs differ; max tau is taken over removed rows as well, so that the number
@@ -38,7 +41,7 @@ class CAF(Weighting):
         """Weigh the rows."""
         weights, best, smallest = gram.shares, gram.shares, np.inf
         scores, near, steps = np.zeros(gram.n), None, 0
-        while weights.sum() > 1 - 2 * gram.eps + 1e-9:
+        while gram.f > 0 and weights.sum() > 1 - 2 * gram.eps + 1e-9:
             normalised = weights / weights.sum()
             values, projections = gram.leading(normalised, near)
             near = np.zeros(gram.n)

@@ -9,6 +9,7 @@ import numpy as np
 from fedrobust.gram import Gram
 from fedrobust.kernels import Vector
 from fedrobust.rules.mean import Mean
+from fedrobust.rules.mixings import length_of
 from fedrobust.rules.rule import Composite, Mixed, Mixing, Rule
 
 
@@ -24,10 +25,12 @@ class CenteredClipping(Composite):
 
     Guarantee: with a radius of order sigma sqrt(n / f), the error is O(sigma sqrt eps) about honest
     rows within sigma of their mean and a centre that is near; one step moves by at most the radius.
-    Breakdown point 1/2 with the default radius. Weighted by shares. Moving every row moves the value
-    only if the reference moves along. Scores: distances from the last centre, over the radius.
-    Source: Karimireddy, He, Jaggi 2021 (arXiv 2012.10333), section 4, algorithm 2. Deviation: the
-    default radius. Cost: n^2 a step after the Gram.
+    Breakdown point 1/2 with the default radius. Weighted by shares; of the default radius they only tell
+    how many rows can be malicious. Moving every row moves the value only if the reference moves along.
+    Scores: distances from the last centre, over the radius. Deviation: the default radius. Cost: n^2 a
+    step after the Gram.
+    Source: Karimireddy, He, Jaggi 2021, "Learning from History for Byzantine Robust Optimization"
+    (arXiv 2012.10333).
 
     Attributes:
         radius: in the updates' units; None takes, in each step, the largest distance that f malicious
@@ -74,4 +77,4 @@ class ClippedAbout(Mixing):
     def _radius(self, gram: Gram, distances: Vector) -> float:
         if self.radius is not None:
             return self.radius
-        return float(np.sort(distances)[gram.n - gram.f - 1])
+        return length_of(gram, distances, 1 - gram.eps)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedrobust.gram import Gram
+from fedrobust.rules.majority import require_majority
 from fedrobust.rules.rule import Mixed, Weighting, weigh
 
 
@@ -21,15 +22,18 @@ class DnC(Weighting):
     It always drops c f rows, honest ones where nobody is malicious, and it looks once: f rows that
     are far out in different directions need not all be seen (`filter` looks again).
 
-    Guarantee: the paper bounds what is left along v for c >= 1. Shares are not used (the paper has no
-    such form); ties keep the first clients. Scores: s_i over the top eigenvalue.
-    Source: Shejwalkar & Houmansadr 2021, "Manipulating the Byzantine" (NDSS), section VI, algorithm 2.
+    Guarantee: the paper bounds what is left along v for c >= 1; none on the distance here, since one
+    look is not enough. Needs n > 2 f. Breakdown point: 1 / (1 + c) by count, far less against rows in
+    many directions. Shares only tell how many rows can be malicious (the paper has no weighted form).
+    Scores: s_i over the top eigenvalue. Ties keep the first clients.
     Deviation: the paper draws coordinates at random, several times, so that a singular value
-    decomposition becomes affordable; the Gram matrix gives the exact eigenvector of all of them.
-    Cost: one eigenproblem of size n.
+    decomposition becomes affordable, and keeps whoever is kept every time; the Gram matrix gives the
+    exact eigenvector of all coordinates, once. Cost: one eigenproblem of size n after the Gram.
+    Source: Shejwalkar & Houmansadr 2021, "Manipulating the Byzantine: Optimizing Model Poisoning
+    Attacks and Defenses for Federated Learning" (NDSS).
 
     Attributes:
-        c: rows dropped for each that may be malicious.
+        c: rows dropped for each that may be malicious; one row is always kept.
     """
 
     name = "dnc"
@@ -41,6 +45,7 @@ class DnC(Weighting):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
+        require_majority(self, gram.n, gram.f)
         values, projections = gram.leading(np.full(gram.n, 1 / gram.n))
         scores = projections[:, 0] ** 2
         kept = gram.n - min(math.floor(self.c * gram.f * (1 + 1e-9)), gram.n - 1)

@@ -25,11 +25,13 @@ class FLTrust(Composite):
     all, the value is the reference: the round is lost, not spoiled.
 
     Guarantee: the value is never longer than the root and within 90 degrees of it, whatever the clients
-    send, be they all malicious; so it is as good as the server's data. Its certificate is empty: that
-    bound is about the honest clients' mean, which the value has no need to be near. Weighted by shares,
-    where the paper has none; eps is not used. Scores: 1 - cosine.
-    Source: Cao, Fang, Liu, Gong 2021 (arXiv 2012.13995), section IV, algorithm 2. Cost: n after the
-    Gram.
+    send; so it is as good as the server's data. Breakdown point: none, all clients may be malicious.
+    Its certificate is empty: that bound is about the honest clients' mean, which the value has no need
+    to be near. Weighted by shares, where the paper has none; eps is not used. Scores: 1 - cosine.
+    Deviation: rows shorter than 1e-12 of the root, and all rows where the root is zero, count as
+    nothing. Cost: n after the Gram.
+    Source: Cao, Fang, Liu, Gong 2021, "FLTrust: Byzantine-robust Federated Learning via Trust
+    Bootstrapping" (arXiv 2012.13995).
     """
 
     name = "fltrust"
@@ -48,7 +50,7 @@ class RootLength(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Stretch or shorten the rows; those of next to no length have no direction and go."""
-        lengths = np.sqrt(gram.squared_norms)
+        lengths = gram.lengths
         root = float(np.sqrt(gram.anchor("root")[1]))
         seen = lengths > _SHORTEST * root
         factors = np.divide(root, lengths, out=np.zeros_like(lengths), where=seen)
@@ -64,7 +66,7 @@ class RootCosine(Weighting):
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
         toward, norm = gram.anchor("root")
-        lengths = np.sqrt(gram.squared_norms * norm)
+        lengths = gram.lengths * np.sqrt(norm)
         cosines = np.divide(toward, lengths, out=np.zeros_like(toward), where=lengths > 0)
         trust = gram.shares * np.maximum(cosines, 0.0)
         return weigh(trust / (trust.sum() or 1.0), 1 - cosines)

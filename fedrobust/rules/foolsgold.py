@@ -20,17 +20,20 @@ class FoolsGold(Weighting):
         a_i  <- 1 - max_j c_ij, over its maximum, kept within [0, 1]
         a_i  <- kappa (log(a_i / (1 - a_i)) + 1/2), kept within [0, 1]
 
-    No eps, no guarantee against a lone attacker: it takes honest clients to differ and sybils to be
-    alike, and lengths do not matter to it; clip first (`clip | foolsgold`).
-
     Per round: the paper compares the clients' updates summed over all rounds, which tells alike honest
     clients from sybils better. The rule keeps nothing; a server that has those sums aggregates them, and
     mixes the round's rows by the weights that this gives.
 
-    Shares multiply the weights (the paper has none). Scores: 1 - a_i before the logit.
-    Source: Fung, Yoon, Beschastnikh 2018 (arXiv 1808.04866), algorithm 1. Deviations: no feature
-    importance; the weights are normalised, so that the value is a mean; where all rows are alike,
-    all have equal weight rather than none. Cost: n^2 after the Gram.
+    Guarantee: none, and breakdown point 0: one attacker who is like nobody has full weight, and one who
+    sends what another client sends takes that client's weight away. It takes honest clients to differ
+    and sybils to be alike, and lengths do not matter to it; clip first (`clip | foolsgold`). eps is not
+    used. Shares multiply the weights (the paper has none). Scores: 1 - a_i before the logit.
+    Deviations: no feature importance; a negative cosine counts as 0; a row of zeros is like nobody; a_i
+    is kept below 0.99, as the authors' code has it, so that the logit is finite; the weights are
+    normalised, so that the value is a mean; where all rows are alike, they are weighted by their shares
+    rather than not at all. Cost: n^2 after the Gram.
+    Source: Fung, Yoon, Beschastnikh 2018, "Mitigating Sybils in Federated Learning Poisoning" (arXiv
+    1808.04866).
 
     Attributes:
         kappa: confidence, the slope of the logit.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import numpy as np
 
 from fedrobust.errors import InputError
 from fedrobust.gram import Gram
@@ -17,7 +20,7 @@ _STANDS_OUT = 10.0
 """Honest rounds show less between their first eigenvalue and the middle one (docs/rules.md)."""
 
 
-def assume(gram: Gram, *named: object) -> Gram:
+def assume(gram: Gram, *named: Any) -> Gram:  # noqa: ANN401 (what it is is looked at here)
     """The same rows, with the malicious mass that is named.
 
     Args:
@@ -30,7 +33,8 @@ def assume(gram: Gram, *named: object) -> Gram:
     eps = next((name for name in named if name is not None), DEFAULT_EPS)
     if eps == AUTO:
         return gram.assuming(estimate_eps(gram))
-    if not isinstance(eps, int | float) or not 0 <= eps < 0.5:
+    number = isinstance(eps, int | float | np.floating) and not isinstance(eps, bool)
+    if not number or not 0 <= float(eps) < 0.5:
         raise InputError(f"eps must be in [0, 0.5), the malicious fraction, or 'auto'; got {eps!r}")
     return gram.assuming(float(eps))
 
@@ -40,8 +44,8 @@ def estimate_eps(gram: Gram) -> float:
 
     Fewer than half of the rows are malicious, so they cannot move the eigenvalue of rank n / 2 beyond
     the honest spread; what stands out ten times above it is filtered, and the mass that this takes is
-    the estimate. An attack that does not stand out is not counted: it is one that the filter would let pass
-    with eps known, but a certificate for this eps does not cover it.
+    the estimate. An attack that does not stand out is not counted: the filter would let it pass with eps
+    known, but a certificate for the estimate does not cover it.
 
     Source: ours; the third regime of the filter, with neither sigma nor eps known.
     """

@@ -20,11 +20,14 @@ class GeometricMedian(Weighting):
     steps cost no more than few; they stop when no distance changes any more. (The same from squared
     distances would lose the honest rows' digits beside a row of norm 1e30.)
 
-    Scores: distances from the median. Weighted by shares; breakdown point 1/2.
     Guarantee: ||z - mu_S|| <= 2 (1 - eps) / (1 - 2 eps) max_S ||x_i - mu_S|| (a factor sqrt d worse
-    than the filter's for spread-out rows). Source: Pillutla, Kakade, Harchaoui, "Robust Aggregation
-    for Federated Learning" (arXiv 1912.13445), algorithm 2. Deviation: nu is relative to the median
-    distance of the rows from the current median, so that the rule is scale-equivariant.
+    than the filter's for spread-out rows), up to the smoothing. Breakdown point 1/2; eps is not used.
+    Weighted by shares: a share of two is two clients. Scores: distances from the median. Deviations: nu
+    is relative to the median distance of the rows from the current median, so that the rule is
+    scale-equivariant; steps until nothing changes, where RFA takes a few. Cost: n^2 a step after the
+    Gram, or a pass over the rows a step without it.
+    Source: Pillutla, Kakade, Harchaoui 2022, "Robust Aggregation for Federated Learning" (arXiv
+    1912.13445), by the smoothed Weiszfeld algorithm.
 
     Attributes:
         steps: the most Weiszfeld steps taken.

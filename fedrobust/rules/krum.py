@@ -12,7 +12,7 @@ from fedrobust.rules.rule import Mixed, Rule, Weighting, weigh
 
 
 def krum_scores(rule: Rule, gram: Gram) -> Vector:
-    """(n,) sums of squared distances to the n - f - 2 nearest other rows (Blanchard et al. 2017, 4).
+    """(n,) sums of squared distances to the n - f - 2 nearest other rows (Blanchard et al. 2017).
 
     Raises:
         InputError: fewer than 2 f + 3 rows, below which the paper's guarantee is void.
@@ -31,11 +31,19 @@ def krum_scores(rule: Rule, gram: Gram) -> Vector:
 class Krum(Weighting):
     """The row with the smallest sum of squared distances to its n - f - 2 nearest others.
 
-    Ties go to the first client. Takes no notice of shares: the paper has no weighted form. Its answer
-    is one client's update, so its certificate is empty: an attacker who is chosen decides alone.
+        s_i   <- sum of ||x_i - x_j||^2 over the n - f - 2 rows j /= i that are nearest to x_i
+        value <- the x_i of smallest s_i
 
-    Guarantee: (alpha, f)-resilience with error O(sigma sqrt(n d)) for n >= 2 f + 3.
-    Source: Blanchard, El Mhamdi, Guerraoui, Stainer 2017, section 4. Cost: n^2 log n after the Gram.
+    Its answer is one client's update, so its certificate is empty: an attacker who is chosen decides
+    alone.
+
+    Guarantee: for n >= 2 f + 3, which is required, ||value - mu_S||^2 <= 6 (1 + f / (n - 2 f)) times the
+    honest rows' mean squared distance from mu_S (Allouah et al. 2023, arXiv 2302.01772): an error of
+    O(sigma sqrt(min(n, d))). Breakdown point 1/2. Shares only tell how many rows can be malicious (the
+    paper has no weighted form). Scores: s_i. Deviations: none; ties go to the first client.
+    Cost: n^2 log n after the Gram.
+    Source: Blanchard, El Mhamdi, Guerraoui, Stainer 2017, "Machine Learning with Adversaries: Byzantine
+    Tolerant Gradient Descent" (arXiv 1703.02757).
     """
 
     name = "krum"
@@ -50,10 +58,15 @@ class Krum(Weighting):
 
 @dataclass(frozen=True, repr=False)
 class MultiKrum(Weighting):
-    """The mean of the m rows with the smallest Krum scores.
+    """The mean of the m rows with the smallest Krum scores (see `Krum` for these).
 
-    Source: Blanchard et al. 2017, section 6; m = n - f as ByzFL and later papers take it, where the
-    original has a free m. Ties go to the first clients; shares are not used.
+    Guarantee: up to f of the m rows may be malicious ones with many honest neighbours; the original has
+    no bound for m > 1, the first is in Bareilles, Bouaziz, Fageot, El Mhamdi 2026 (arXiv 2602.03899).
+    Needs n >= 2 f + 3; breakdown point 1/2. Shares only tell how many rows can be malicious (the paper
+    has no weighted form). Scores: Krum's. Deviation: m = n - f unless given, as ByzFL and later papers
+    take it, where the original leaves m free; ties go to the first clients.
+    Cost: n^2 log n after the Gram.
+    Source: Blanchard, El Mhamdi, Guerraoui, Stainer 2017 (arXiv 1703.02757).
 
     Attributes:
         m: how many rows are averaged, at most n - f; None takes n - f.

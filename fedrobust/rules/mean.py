@@ -10,9 +10,13 @@ from fedrobust.rules.rule import Mixed, Weighting, weigh
 
 @dataclass(frozen=True, repr=False)
 class Mean(Weighting):
-    """sum_i b_i x_i (FedAvg, McMahan et al. 2017). Breaks down under one malicious client.
+    """sum_i b_i x_i, FedAvg.
 
-    Cost: one weighted sum; the certificate beside it adds a Gram pass.
+    Guarantee: none under attack; the honest mean if nobody attacks. Breakdown point 0: one malicious
+    client puts it anywhere. Weighted by shares; eps counts in the certificate and the verdict alone. No
+    scores. Deviations: none. Cost: one weighted sum; the certificate beside it adds a Gram pass.
+    Source: McMahan, Moore, Ramage, Hampson, Aguera y Arcas 2017, "Communication-Efficient Learning of
+    Deep Networks from Decentralized Data" (arXiv 1602.05629).
     """
 
     name = "mean"

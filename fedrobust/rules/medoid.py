@@ -15,12 +15,14 @@ from fedrobust.rules.rule import Mixed, Weighting, weigh
 class Medoid(Weighting):
     """argmin over the rows x_i of sum_j b_j ||x_i - x_j||: the geometric median, kept to the rows.
 
-    Ties go to the first client. Weighted by shares; breakdown point 1/2. Its answer is one client's
-    update, so its certificate is empty, as Krum's is.
+    Its answer is one client's update, so its certificate is empty, as Krum's is.
 
-    Guarantee: the sum of distances is at most twice the geometric median's.
-    Source: Kaufman & Rousseeuw 1987; as an aggregator, "GeoMed" kept to the rows, Xie, Koyejo, Gupta
-    2018 (arXiv 1802.10116). Scores: the mean distances. Cost: n^2 after the Gram.
+    Guarantee: within 2 (1 - eps) / (1 - 2 eps) honest diameters of every honest row, since the mean
+    distance of the row that is returned is no larger than an honest one's; at most twice the geometric
+    median's. Breakdown point 1/2; eps is not used. Weighted by shares, and never a row without one.
+    Scores: the mean distances. Deviations: none; ties go to the first client. Cost: n^2 after the Gram.
+    Source: Kaufman & Rousseeuw 1987; as an aggregator, the geometric median kept to the rows, Xie,
+    Koyejo, Gupta 2018, "Generalized Byzantine-tolerant SGD" (arXiv 1802.10116).
     """
 
     name = "medoid"
@@ -29,7 +31,8 @@ class Medoid(Weighting):
         """Choose one row."""
         distances = np.sqrt(gram.squared_distances)
         weights = np.zeros(gram.n)
-        weights[np.argmin(_excess(gram, distances))] = 1.0
+        excess = np.where(gram.shares > 0, _excess(gram, distances), np.inf)
+        weights[np.argmin(excess)] = 1.0
         return weigh(weights, distances @ gram.shares)
 
 

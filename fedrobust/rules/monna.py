@@ -17,15 +17,19 @@ class MoNNA(Weighting):
 
     The paper's workers have no server: each trusts its own vector. Here the trusted row is the
     server's own, the anchor "root" of `aggregate`, which is looked at and not averaged; or the row of
-    one client, by its place among the clients that answered, which is averaged as in the paper. Whoever
-    holds that place decides everything: name a client only where places are fixed and it is yours.
+    one client, by its place among the usable updates, which is averaged as in the paper. Whoever holds
+    that place decides everything, and a refused update moves the places behind it: name a client only
+    where places are fixed and it is yours.
 
-    Guarantee: if the trusted row is honest, the value lies within 4 f / (n - f) honest diameters of
-    the honest mean. Breakdown point 1/2. Ties go to the first clients; shares are not used (the paper
-    has no such form). Scores: squared distances from the trusted row.
+        value <- (1 / (n - f)) sum of the n - f rows that are nearest to the trusted row
+
+    Guarantee: the value lies within 2 f / (n - f) diameters of the honest mean, the diameter that of the
+    honest rows and the trusted row together: a malicious row is averaged only if it is no farther from
+    the trusted row than an honest one that it displaces. Breakdown point 1/2. Shares only tell how many
+    rows can be malicious (the paper has no weighted form). Scores: squared distances from the trusted
+    row. Deviation: the server's row; ties go to the first clients. Cost: n log n after the Gram.
     Source: Farhadkhani, Guerraoui, Gupta, Hoang, Pinot, Stephan 2023, "Robust Collaborative Learning
-    with Linear Gradient Overhead" (arXiv 2209.10931), nearest-neighbour averaging. Cost: n log n after
-    the Gram.
+    with Linear Gradient Overhead" (arXiv 2209.10931), nearest-neighbour averaging.
 
     Attributes:
         index: the trusted client's place; None is the anchor "root".

@@ -28,14 +28,15 @@ class NoRegret(Weighting):
     instead (the paper prunes rows that are far out first): multiplicative weights would take a hundred
     steps to forget a norm of 1e30.
 
-    Guarantee: error O(sigma sqrt eps) whatever d is; breakdown point 1/2 in practice, 1/3 as proved.
-    Weighted by shares. Scores: the largest tau_i over its step's top eigenvalue.
+    Guarantee: error O(sigma sqrt eps) whatever d is, proved for eps below a constant less than 1/2.
+    Breakdown point: eps < 1/2 is accepted. Weighted by shares. Scores: the largest tau_i over its step's
+    top eigenvalue; zero where nothing stands out. Deviations: exact eigenvectors; the stopping rule;
+    pruning by the spectrum. Cost: at most `steps` + f eigenproblems of size n after the Gram.
     Source: Hopkins, Li, Zhang 2020, "Robust and Heavy-Tailed Mean Estimation Made Simple, via Regret
-    Minimization" (arXiv 2007.15839), algorithm 2. Deviations: exact eigenvectors; the stopping rule;
-    pruning by the spectrum. Cost: at most `steps` eigenproblems of size n.
+    Minimization" (arXiv 2007.15839).
 
     Attributes:
-        steps: the most steps taken.
+        steps: the most steps taken, beside those that remove a row outright.
     """
 
     name = "no_regret"
@@ -63,7 +64,7 @@ class NoRegret(Weighting):
             tau = near**2
             scores = np.maximum(scores, tau / values[0])
             marked = weights * (1 - (0.5 if levels else 1.0) * tau / tau.max())
-            if cap[marked > 0].sum() < 1:
+            if cap[marked > 0].sum() < 1 - 1e-9:
                 break
             weights = _project(marked, cap)
         return weigh(best, scores, notes={"kept_eigenvalue": smallest})
@@ -75,6 +76,9 @@ def _project(weights: Vector, cap: Vector) -> Vector:
     It is min(cap, c w): caps are met in the order of w / cap, and c is what is left over what is free.
     """
     support = np.flatnonzero(weights)
+    cap = cap / min(
+        1.0, cap[support].sum()
+    )  # short of 1 by a rounding error, it has no such distribution
     order = support[np.argsort(-weights[support] / cap[support], kind="stable")]
     left = 1 - np.append(0.0, np.cumsum(cap[order])[:-1])
     free = np.cumsum(weights[order][::-1])[::-1]

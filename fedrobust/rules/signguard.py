@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix
-from fedrobust.rules.mixings import shortened
+from fedrobust.rules.mixings import length_of, shortened
 from fedrobust.rules.rule import Composite, Mixed, Mixing, Rule, Weighting, weigh
 
 
@@ -25,12 +25,17 @@ class SignGuard(Composite):
     eps is not used: it takes a majority to be honest. Rows are measured from the reference; behind a
     mixing the mixed rows' signs are counted. Where no row passes both, those by length are taken.
 
-    Guarantee: none on the distance; the value is no longer than the median row. Weighted by shares
-    among the chosen (the paper has none). Scores: distance from the largest cluster's centre, in
-    fractions. Source: Xu, Huang, Song, Lan 2022 (arXiv 2109.05872), section IV, algorithm 2.
+    Guarantee: none on the distance; the value is no longer than the median row. Breakdown point 1/2 for
+    its length. Weighted by shares (the paper has none): the median length is by mass, and so is the
+    mean; a cluster is as large as the number of its rows. Scores: distance from the largest cluster's
+    centre, in fractions.
     Deviations: signs of all coordinates instead of a random tenth; no similarity to the previous
-    aggregate (the plain variant); a bandwidth from all pairs of rows. Cost: a pass over the
-    coordinates for the signs, then n^2.
+    aggregate (the plain variant); a bandwidth from all pairs of rows; the lower median of an even
+    number of lengths, and both ends belong to the band; of two largest clusters, the one nearer to the
+    coordinate-wise median. Cost: a pass over the coordinates for the signs, then mean shift on n points
+    in three dimensions, n^2 a step.
+    Source: Xu, Huang, Song, Lan 2022, "Byzantine-robust Federated Learning through Collaborative
+    Malicious Gradient Filtering" (arXiv 2109.05872).
 
     Attributes:
         low: the shortest row that passes, in median lengths.
@@ -61,8 +66,8 @@ class LengthBand(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Shorten the longer half; the (lower) median row itself is always within the band."""
-        lengths = np.sqrt(gram.squared_norms)
-        median = float(np.sort(lengths)[(gram.n - 1) // 2])
+        lengths = gram.lengths
+        median = length_of(gram, lengths, 0.5)
         within = (lengths >= self.low * median) & (lengths <= self.high * median)
         shares = np.where(within, gram.shares, 0.0)
         mixed = shortened(gram, lengths, median)

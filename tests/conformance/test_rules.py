@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,7 +64,7 @@ ROBUST = [rule for rule in RULES if rule not in UNPROTECTED]
 CONTINUOUS = [rule for rule in RULES if rule not in VOTES]
 WEIGHTED = [
     *("mean", "geometric_median", "median", "trimmed_mean", "medoid", "caf", "fltrust"),
-    "sign_majority",
+    *("sign_majority", "clip | mean", "arc | mean"),
 ]
 """Rules with a weighted form that is exact: a share of two is two clients."""
 
@@ -518,6 +519,56 @@ def test_shares_of_zero_leave_a_round_sound(rule: str, seed: int) -> None:
     X = np.concatenate([np.full((2, 30), 1e30), normal(19)])
     value = aggregate(X, rule, [0.0, 1.0, 0.0, *np.ones(18)], eps=0.1, seed=seed).value
     assert np.linalg.norm(value - normal(19).mean(0)) < 50
+
+
+@pytest.mark.parametrize("rule", [*WEIGHTED, "clip | median"])
+@pytest.mark.parametrize("share", [0.0, 1e-9])
+def test_a_crowd_with_next_to_no_share_decides_nothing(rule: str, share: float) -> None:
+    if share > 0 and ("median" in rule or rule == "medoid"):
+        pytest.skip("may lie among them, as long as it is in the midst of the others")
+    honest, root = normal(10), {"root": np.ones(30)}
+    crowd = 1e-9 * normal(20, seed=6)
+    shares = [*np.full(20, share), *np.ones(10)]
+    value = aggregate(np.concatenate([crowd, honest]), rule, shares, anchors=root).value
+    close(value, aggregate(honest, rule, anchors=root).value, 1e-4)
+
+
+@pytest.mark.parametrize("rule", ["nnm | median", "meamed", "dnc", "krum", "multi_krum", "bulyan"])
+@pytest.mark.parametrize("share", [0.0, 1e-9])
+def test_a_crowd_with_next_to_no_share_is_refused_by_rules_that_count_rows(
+    rule: str, share: float
+) -> None:
+    X = np.concatenate([30 + 1e-6 * normal(13), normal(12)])
+    with pytest.raises(InputError, match=r"f = 1\d malicious"):
+        aggregate(X, rule, [*np.full(13, share), *np.ones(12)])
+
+
+def test_a_crowd_with_next_to_no_share_does_not_set_signguards_length() -> None:
+    crowd, honest = 1e-9 * np.abs(normal(20)), np.abs(normal(10))
+    shares = [*np.full(20, 1e-9), *np.ones(10)]
+    value = aggregate(np.concatenate([crowd, honest]), "signguard", shares).value
+    close(value, aggregate(honest, "signguard").value, 1e-4)
+
+
+def test_a_client_without_share_is_no_medoid() -> None:
+    result = aggregate(np.array([[0.0], [1.0], [-1.0], [1.5], [-1.5]]), "medoid", [0, 1, 1, 1, 1])
+    assert result.weights is not None
+    assert result.weights[0] == 0
+
+
+@pytest.mark.parametrize(
+    "rule", ["clip | mean", "clip(1.0) | krum", "arc | mean", "signguard", "fltrust"]
+)
+def test_mixed_rows_that_cancel_out_have_no_length(rule: str) -> None:
+    """Their squared length is nothing but rounding, which may be negative."""
+    half = normal(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(20):
+            signs = np.random.default_rng(seed).permutation([1.0, -1.0])
+            X = np.concatenate([sign * half for sign in signs])
+            value = aggregate(X, f"nnm | {rule}", eps=0.0, seed=seed).value
+            assert np.isfinite(value).all()
 
 
 def test_a_bucket_may_hold_no_share_at_all() -> None:

@@ -519,6 +519,56 @@ def test_the_weighted_trimmed_mean_cuts_eps_of_the_mass_at_each_end(seed: int, e
     np.testing.assert_allclose(aggregate(X, "trimmed_mean", shares, eps=eps).value, expected)
 
 
+def test_shares_that_differ_by_rounding_trim_as_equal_ones() -> None:
+    X = np.random.default_rng(0).normal(size=(11, 5))
+    value = aggregate(X, "trimmed_mean", [0.1 + 0.2, *[0.3] * 10], eps=0.2).value
+    np.testing.assert_allclose(value, trimmed_mean(X, 2))
+
+
+def test_many_light_rows_next_to_the_middle_are_a_trimmed_mean() -> None:
+    """Each holds less than what is taken for rounding; together they hold all that is left."""
+    X = np.concatenate([[[-1.0], [1.0]], np.linspace(-0.01, 0.01, 25_000)[:, None]])
+    shares = [1.0, 1.0, *np.full(25_000, 2e-10)]
+    value = aggregate(X, "trimmed_mean", shares, eps=0.4999999).value
+    assert abs(value[0]) <= 0.01
+
+
+def attacked(seed: int) -> tuple[Matrix, Matrix, int]:
+    """All rows, the honest ones among them, f: malicious rows at any distance, alike or not."""
+    rng = np.random.default_rng(seed)
+    f = int(rng.integers(1, 5))
+    honest = rng.normal(size=(int(rng.integers(f + 3, 12)), int(rng.choice([1, 3, 30]))))
+    sent = rng.normal(size=honest.shape[1]) * 10.0 ** rng.uniform(-1, 2)
+    return (
+        np.concatenate([sent + rng.uniform(0, 1) * rng.normal(size=(f, len(sent))), honest]),
+        honest,
+        f,
+    )
+
+
+def diameter(X: Matrix) -> float:
+    return max(math.sqrt(square(x - y)) for x in X for y in X)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_bounds_that_the_docstrings_state(seed: int) -> None:
+    X, honest, f = attacked(seed)
+    n, eps, centre = len(X), f / len(X), mean(honest)
+    medoid = aggregate(X, "medoid").value
+    farthest = max(math.sqrt(square(medoid - x)) for x in honest)
+    assert farthest <= 2 * (1 - eps) / (1 - 2 * eps) * diameter(honest) + 1e-9
+    neighbours = aggregate(X, f"monna(index={f})", eps=eps).value
+    assert math.sqrt(square(neighbours - centre)) <= 2 * f / (n - f) * diameter(honest) + 1e-9
+    around = aggregate(X, "meamed", eps=eps).value
+    width = honest.max(0) - honest.min(0)
+    assert (around >= honest.min(0) - width - 1e-9).all()
+    assert (around <= honest.max(0) + width + 1e-9).all()
+    spread = sum(square(x - centre) for x in honest) / len(honest)
+    if n >= 2 * f + 3:
+        chosen = aggregate(X, "krum", eps=eps).value
+        assert square(chosen - centre) <= 6 * (1 + f / (n - 2 * f)) * spread + 1e-9
+
+
 def test_a_value_without_share_is_no_middle_value() -> None:
     X = np.array([[0.0], [10.0], [3.0]])
     assert aggregate(X, "median", [1, 1, 0]).value[0] == pytest.approx(5.0)

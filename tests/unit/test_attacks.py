@@ -39,7 +39,7 @@ from fedrobust.attacks import (
 from fedrobust.attacks.alie import largest_unnoticed
 from fedrobust.errors import InputError
 from fedrobust.rules import parse_rule
-from fedrobust.training import Poison
+from fedrobust.training import FREE, Leash, Poison
 
 ATTACKS = [cls() for cls in CATALOG.values()]
 VARIANTS = [
@@ -276,7 +276,8 @@ def test_mimic_survives_a_diverged_model() -> None:
 def test_label_flip_trains_on_flipped_labels() -> None:
     given_poisons: list[Poison] = []
 
-    def trained(poison: Poison) -> Tensor:
+    def trained(poison: Poison, leash: Leash) -> Tensor:
+        assert leash == FREE
         given_poisons.append(poison)
         return rows(2, 3)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedrobust.attacks import Backdoor, LabelFlip, Relabelled, Trigger, View
 from fedrobust.errors import InputError
-from fedrobust.training import Poison
+from fedrobust.training import Leash, Poison
 
 RNG = np.random.default_rng(0)
 
@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 def watching(poisons: list[Poison], f: int = 3, d: int = 4) -> View:
     """A view whose training gives the k-th poison rows full of k."""
 
-    def train(poison: Poison) -> Tensor:
+    def train(poison: Poison, leash: Leash) -> Tensor:
         poisons.append(poison)
         return torch.full((f, d), float(len(poisons)))
 

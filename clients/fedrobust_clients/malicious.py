@@ -95,7 +95,7 @@ class Coalition:
         poison: Poison | None,
         leash: Leash = FREE,
     ) -> Tensor:
-        key = members, poison
+        key = members, poison  # not the leash, which may change with the round
         if key not in self._learners:
             self._learners[key] = [
                 Learner(self._task, self._dataset, i, poison, shared=self._shared) for i in members

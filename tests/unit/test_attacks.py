@@ -210,6 +210,39 @@ def test_attack_does_not_change_or_share_what_it_saw(attack: Attack) -> None:
     assert torch.equal(seen.own, own)
 
 
+def view_of(honest: Tensor, own: Tensor) -> View:
+    """A view in which everything can be seen; poisoned data change nothing."""
+    return View(
+        round=0,
+        clients=len(honest) + len(own),
+        malicious=len(own),
+        size=honest.shape[1],
+        classes=10,
+        see_honest=lambda: honest,
+        see_own=lambda: own,
+        see_trained=lambda *_: own,
+        rule=parse_rule("geometric_median"),
+        eps=0.4,
+    )
+
+
+FAST = [a for a in VARIANTS if getattr(a, "budget", 0) <= 50 and a != Mimic(1)]
+
+
+@pytest.mark.parametrize("attack", FAST, ids=repr)
+@pytest.mark.parametrize(("h", "f", "d"), [(1, 1, 1), (1, 6, 2), (2, 5, 1), (6, 1, 3)])
+def test_attack_survives_any_round(attack: Attack, h: int, f: int, d: int) -> None:
+    """One honest client, all but one malicious, one parameter; a model that rests or has diverged."""
+    random = rows(h + f, d)
+    for scale in (0.0, 1e-42, 1.0, 3e38, np.inf, np.nan):
+        every = random.sign() * scale if scale > 1 else random * scale
+        sent = attack(view_of(every[:h], every[h:]), rng())
+        assert sent.shape == (f, d)
+        assert sent.dtype == torch.float32
+        if scale <= 1 and attack.name not in {"nan", "inf"}:
+            assert bool(torch.isfinite(sent).all())
+
+
 @pytest.mark.parametrize("attack", VARIANTS, ids=repr)
 def test_text_round_trip(attack: Attack) -> None:
     assert parse_attack(repr(attack)) == attack

@@ -64,23 +64,25 @@ class EdgeCase(Targeted):
         row i = gamma u_i,    |u_i| <= reach * r / gamma
 
     u_i is the update of training on the member's data with its edge cases relabelled, and gamma = n / f
-    unless a scale is given. Without reach this is the paper's black-box attack, with model replacement
-    unless scale is 1; with it projected gradient descent (PGD): after each step the member's model is
-    projected onto a ball about the broadcast one, such that the row is no longer than reach typical
-    honest updates, r being the root mean square length of the own ones.
+    unless a scale is given, so that the members' model replaces the others'. With reach, training is
+    projected gradient descent (PGD): after each step the member's model is projected onto a ball about
+    the broadcast one, such that the row is no longer than reach typical honest updates, r being the root
+    mean square length of the own ones. The paper's attacks are scale=1 (black-box), scale=1 with reach
+    (PGD without replacement), and reach alone (PGD with replacement).
 
-    Hardly any honest client holds such examples, so nothing is learnt against the lesson, and the test
-    accuracy does not show it.
+    Where few honest clients hold such examples, little is learnt against the lesson, and the test
+    accuracy hardly shows it.
 
     Sees: `train`, `classes`; `own` too if reach is given.
 
     Source: Wang, Sreenivasan, Rajput, Vishwakarma, Agarwal, Sohn, Lee, Papailiopoulos, "Attack of the
     Tails: Yes, You Really Can Backdoor Federated Learning", NeurIPS 2020 (arXiv 2007.05084).
     Deviations: the paper brings edge cases from elsewhere (aeroplanes of one airline, digits of another
-    country), which no other client has. Here they are the tail of the data at hand, so that honest
-    clients teach the right label on theirs, and a held-out tail is less uniform than one airline: expect
-    lower success. What is rare is told by the pixels' distance from the class mean. There the radius of
-    the ball is a number, and the scaling is not taken into account.
+    country), which hardly any other client has. Here they are the tail of the data at hand, so that
+    honest clients teach the right label on theirs, and a held-out tail is less uniform than one airline:
+    expect lower success, and that it fades within rounds. What is rare is told by the pixels' distance
+    from the class mean. There the radius of the ball is a number, and the scaling is not taken into
+    account.
 
     Attributes:
         source: the class whose edge cases are relabelled.

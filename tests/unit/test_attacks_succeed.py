@@ -164,7 +164,7 @@ def test_edge_cases_are_taken_for_the_target(seed: int) -> None:
     assert once.success(attack) > 0.75
     assert once.accuracy(edge) > before.accuracy(edge) - 0.1
     kept_up = Outcome.of(projected, rounds=3, f=1, task=task)
-    assert kept_up.success(projected) > 0.45
+    assert kept_up.success(projected) > 0.35
     assert kept_up.accuracy(edge) > before.accuracy(edge) - 0.04
     assert max(kept_up.lengths) < 0.75 * once.lengths[0]
 

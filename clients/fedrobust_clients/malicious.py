@@ -15,7 +15,7 @@ from torch import Tensor
 from fedrobust.attacks import Attack, View, parse_attack
 from fedrobust.data import Dataset
 from fedrobust.rules import Aggregator, parse_rule
-from fedrobust.training import Learner, Poison, Shared, Task
+from fedrobust.training import FREE, Learner, Leash, Poison, Shared, Task
 from fedrobust_clients.runtime import Floats, Honest, Update
 
 # Among the random streams of a task's seed, the one that attacks draw from.
@@ -87,13 +87,20 @@ class Coalition:
     def _recall(self, age: int) -> Tensor:
         return self._own[max(len(self._own) - age, 0)]()
 
-    def _train(self, members: range, number: int, model: Tensor, poison: Poison | None) -> Tensor:
-        key = members, poison
+    def _train(
+        self,
+        members: range,
+        number: int,
+        model: Tensor,
+        poison: Poison | None,
+        leash: Leash = FREE,
+    ) -> Tensor:
+        key = members, poison  # not the leash, which may change with the round
         if key not in self._learners:
             self._learners[key] = [
                 Learner(self._task, self._dataset, i, poison, shared=self._shared) for i in members
             ]
-        return torch.stack([learner.update(number, model) for learner in self._learners[key]])
+        return torch.stack([learner.update(number, model, leash) for learner in self._learners[key]])
 
 
 @dataclass(frozen=True)

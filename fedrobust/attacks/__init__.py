@@ -2,8 +2,9 @@
 
 from fedrobust.attacks.adaptive import Adaptive
 from fedrobust.attacks.alie import ALIE, OptimalALIE
-from fedrobust.attacks.attack import Attack
+from fedrobust.attacks.attack import Attack, Targeted, success_rate
 from fedrobust.attacks.backdoor import Backdoor, Trigger
+from fedrobust.attacks.edge_case import EdgeCase, RareAsTarget
 from fedrobust.attacks.gaussian import Gaussian
 from fedrobust.attacks.inf import Inf
 from fedrobust.attacks.ipm import IPM, OptimalIPM
@@ -39,6 +40,7 @@ CATALOG: dict[str, type[Attack]] = {
     "optimal_alie": OptimalALIE,
     "adaptive": Adaptive,
     "backdoor": Backdoor,
+    "edge_case": EdgeCase,
 }
 
 
@@ -61,6 +63,7 @@ __all__ = [
     "Adaptive",
     "Attack",
     "Backdoor",
+    "EdgeCase",
     "FlippedLabels",
     "Found",
     "Gaussian",
@@ -72,14 +75,17 @@ __all__ = [
     "NaN",
     "OptimalALIE",
     "OptimalIPM",
+    "RareAsTarget",
     "Relabelled",
     "Replay",
     "SignFlip",
     "Slow",
     "Tail",
+    "Targeted",
     "Trigger",
     "View",
     "Zero",
     "parse_attack",
+    "success_rate",
     "worst_error",
 ]

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fedrobust.attacks.view import View
 from fedrobust.text import Textual
+from fedrobust.training import evaluate
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,3 +34,47 @@ class Attack(Textual, ABC):
         Returns:
             (f, d) float32, one row per malicious client.
         """
+
+
+class Targeted(Attack):
+    """An attack that wants certain images classified in a certain way, and all others correctly."""
+
+    @abstractmethod
+    def goal(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attack wants, on data that nobody has trained on.
+
+        Args:
+            x: (n, channels, height, width) images.
+            y: (n,) their true labels.
+
+        Returns:
+            The images that the attack is about, changed as it wants them changed, and the label that it
+            wants each to get, which is not the true one.
+        """
+
+
+def success_rate(module: nn.Module, attack: Targeted, x: Tensor, y: Tensor) -> float:
+    """How far an attack has reached its goal: the fraction of its images that get the label it wants.
+
+    For a backdoor these are the test images of other classes than the target, with the trigger.
+
+    Args:
+        module: maps images to logits.
+        attack: what the attackers want.
+        x: (n, channels, height, width) test images.
+        y: (n,) their true labels.
+
+    Raises:
+        InputError: the attack is about none of these images.
+    """
+    return evaluate(module, *attack.goal(x, y)).accuracy
+
+
+def replacement(view: View, scale: float | None) -> float:
+    """The factor that makes the mean of the round that of the malicious rows: n / f, unless given."""
+    return view.clients / view.malicious if scale is None else scale
+
+
+def typical_length(rows: Tensor) -> float:
+    """The root mean square length of (n, d) updates; 0 where a model has diverged."""
+    return float(torch.nan_to_num(rows).double().square().sum(dim=1).mean().sqrt())

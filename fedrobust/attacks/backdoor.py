@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedrobust.attacks.attack import Attack
+from fedrobust.attacks.attack import Targeted, replacement, typical_length
 from fedrobust.attacks.view import View
 from fedrobust.errors import InputError
+from fedrobust.training import Leash
 
 
 @dataclass(frozen=True)
@@ -50,27 +51,30 @@ class Trigger:
 
 
 @dataclass(frozen=True, repr=False)
-class Backdoor(Attack):
+class Backdoor(Targeted):
     """Teach the model a trigger, and make the lesson count: row i is gamma_i u_i.
 
-    u_i is the update of honest training on data of which a fraction carries the trigger and the
-    target's label, so that the main task is learnt as well and nothing shows in the accuracy. With
-    scale gamma = n / f the mean of the round becomes the backdoored model (model replacement); a
-    longest row is allowed by
+    u_i is the update of training on data of which a fraction carries the trigger and the target's
+    label, so that the main task is learnt as well and nothing shows in the accuracy. With scale gamma =
+    n / f, what the members add to the plain mean is their own mean: a model that others hardly change
+    any more is replaced by theirs (model replacement). Two ways to be less conspicuous, one or both:
 
-        gamma_i = min(scale, reach * r / |u_i|),    r the root mean square length of the own honest
-        updates
+        constrain-and-scale:  u_i descends on alpha cross-entropy + (1 - alpha) |u_i|
+        train-and-scale:      gamma_i = min(scale, reach * r / |u_i|)
+
+    with r the root mean square length of the own honest updates.
 
     With parts above 1 each member stamps only its part of the pattern (member i part i mod parts), and
     only the model meets the whole of it (distributed backdoor).
 
-    Sees: `train`; `own` too if reach is given.
+    Sees: `train`, `classes`; `own` too if reach is given.
 
-    Source: pixel patterns: Gu, Dolan-Gavitt, Garg 2017 (arXiv 1708.06733). Model replacement and
-    bounded scaling ("train-and-scale"): Bagdasaryan, Veit, Hua, Estrin, Shmatikov, AISTATS 2020 (arXiv
-    1807.00459). Splitting: Xie, Huang, Chen, Li, "DBA", ICLR 2020. Deviations: the bound on the length
-    takes the place of the anomaly term that constrain-and-scale adds to the loss, as training is as the
-    task has it; the members train on each part in turn where there are parts, though each sends but one
+    Source: pixel patterns: Gu, Dolan-Gavitt, Garg 2017 (arXiv 1708.06733). Model replacement,
+    constrain-and-scale and train-and-scale: Bagdasaryan, Veit, Hua, Estrin, Shmatikov, AISTATS 2020
+    (arXiv 1807.00459), with the distance from the broadcast model as the anomaly term, as in the
+    authors' code. Splitting: Xie, Huang, Chen, Li, "DBA", ICLR 2020. Deviations: training lasts as long
+    as the task has it, at its learning rate, where the papers train the backdoor for more epochs at a
+    lower one; the members train on each part in turn where there are parts, though each sends but one
     of the results.
 
     Attributes:
@@ -80,6 +84,7 @@ class Backdoor(Attack):
         scale: above 0; None means n / f.
         reach: the length of a row in units of an honest one, above 0; None sets no bound.
         parts: into how many parts the pattern is split, 1 .. size.
+        alpha: the weight of the lesson in the loss, above 0; 1 leaves out the anomaly term.
     """
 
     name = "backdoor"
@@ -90,6 +95,7 @@ class Backdoor(Attack):
     scale: float | None = None
     reach: float | None = None
     parts: int = 1
+    alpha: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,28 +104,33 @@ class Backdoor(Attack):
         self.require(self.scale is None or self.scale > 0, "scale must be above 0")
         self.require(self.reach is None or self.reach > 0, "reach must be above 0")
         self.require(1 <= self.parts <= self.size, "parts must be in 1 .. size")
+        self.require(0 < self.alpha <= 1, "alpha must be above 0 and at most 1")
 
     @property
     def trigger(self) -> Trigger:
         """The whole pattern on every image: what the backdoor's success is measured with."""
         return Trigger(self.target, self.size)
 
+    def goal(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of other classes with the whole trigger, and the target's label."""
+        others = y != self.target
+        return self.trigger(x, y)[0][others], torch.full_like(y[others], self.target)
+
     def __call__(self, view: View, rng: np.random.Generator) -> Tensor:  # noqa: ARG002
         """Train on stamped images, scale what comes out."""
         if not 0 <= self.target < view.classes:
             raise InputError(f"{self!r}: the task has the classes 0 .. {view.classes - 1}")
-        learnt = self._learnt(view)
-        scale = view.clients / view.malicious if self.scale is None else self.scale
+        learnt, scale = self._learnt(view), replacement(view, self.scale)
         if self.reach is None:
             return scale * learnt
-        honest = torch.linalg.vector_norm(view.own, dim=1).square().mean().sqrt()
-        lengths = torch.linalg.vector_norm(learnt, dim=1, keepdim=True)
-        return torch.clamp(self.reach * honest / lengths.clamp(min=1e-30), max=scale) * learnt
+        lengths = torch.linalg.vector_norm(learnt, dim=1, keepdim=True).clamp(min=1e-30)
+        return torch.clamp(self.reach * typical_length(view.own) / lengths, max=scale) * learnt
 
     def _learnt(self, view: View) -> Tensor:
         """(f, d) the members' updates, each with its part of the pattern."""
+        leash = Leash(self.alpha)
         learnt = [
-            view.train(Trigger(self.target, self.size, self.fraction, part, self.parts))
+            view.train(Trigger(self.target, self.size, self.fraction, part, self.parts), leash)
             for part in range(min(self.parts, view.malicious))
         ]
         return torch.stack([learnt[i % len(learnt)][i] for i in range(view.malicious)])

@@ -19,7 +19,7 @@ class Gaussian(Attack):
     Sees: `own`.
 
     Source: Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with Adversaries: Byzantine
-    Tolerant Gradient Descent", NeurIPS 2017, section 5 ("Gaussian Byzantine"). Deviation: there the
+    Tolerant Gradient Descent", NeurIPS 2017 ("Gaussian Byzantine"). Deviation: there the
     standard deviation is 200 whatever the problem; relative to an honest update the default means
     the same on every model.
 

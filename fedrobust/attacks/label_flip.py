@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedrobust.attacks.attack import Attack
+from fedrobust.attacks.attack import Targeted
 from fedrobust.attacks.view import View
 from fedrobust.errors import InputError
 
@@ -46,7 +46,7 @@ class Relabelled:
 
 
 @dataclass(frozen=True, repr=False)
-class LabelFlip(Attack):
+class LabelFlip(Targeted):
     """Train honestly on wrong labels.
 
     With neither source nor target every example of class c is labelled classes - 1 - c, which costs
@@ -75,6 +75,16 @@ class LabelFlip(Attack):
         self.require(together, "give both source and target, or neither")
         distinct = self.source is None or self.source != self.target
         self.require(distinct, "source and target must differ")
+
+    def goal(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The images of the source class, and the target's label.
+
+        Raises:
+            InputError: the attack is the untargeted one, whose success is the accuracy that is lost.
+        """
+        if self.source is None or self.target is None:
+            raise InputError(f"{self!r} aims at no class; give source and target")
+        return x[y == self.source], torch.full_like(y[y == self.source], self.target)
 
     def __call__(self, view: View, rng: np.random.Generator) -> Tensor:  # noqa: ARG002
         """Train on wrong labels."""

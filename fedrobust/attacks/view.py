@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedrobust.errors import InputError
 from fedrobust.rules import Aggregator
-from fedrobust.training import Poison
+from fedrobust.training import FREE, Leash, Poison
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class View:
         classes: how many classes the task has.
         see_honest: makes what the n - f honest clients send, (n - f, d).
         see_own: makes what the malicious clients would send if they were honest, (f, d).
-        see_trained: makes what they get by honest training on poisoned data, (f, d).
+        see_trained: makes what they get by training on poisoned data, on a leash or not, (f, d).
         see_earlier: makes `own` as it was a number of rounds ago, (f, d), or in the first round if that
             is later; None in the first round.
         rule: how the server aggregates; None if the coalition does not know.
@@ -46,7 +46,7 @@ class View:
     classes: int
     see_honest: Callable[[], Tensor]
     see_own: Callable[[], Tensor]
-    see_trained: Callable[[Poison], Tensor]
+    see_trained: Callable[[Poison, Leash], Tensor]
     see_earlier: Callable[[int], Tensor] | None = None
     rule: Aggregator | None = None
     eps: float | None = None
@@ -120,9 +120,14 @@ class View:
             return self.own
         return self._checked(self.see_earlier(age), self.malicious, "earlier")
 
-    def train(self, poison: Poison) -> Tensor:
-        """(f, d) float32: what the malicious clients get by honest training on poisoned data."""
-        return self._checked(self.see_trained(poison), self.malicious, "trained")
+    def train(self, poison: Poison, leash: Leash = FREE) -> Tensor:
+        """(f, d) float32: what the malicious clients get by training on poisoned data.
+
+        Args:
+            poison: what becomes of each member's data.
+            leash: what keeps their updates inconspicuous; without it they train as honest clients do.
+        """
+        return self._checked(self.see_trained(poison, leash), self.malicious, "trained")
 
     def _checked(self, rows: Tensor, count: int, what: str) -> Tensor:
         if rows.shape != (count, self.size) or rows.dtype != torch.float32:
@@ -133,7 +138,7 @@ class View:
         return rows
 
 
-def _no_training(_: Poison) -> Tensor:
+def _no_training(_: Poison, __: Leash) -> Tensor:
     raise InputError(
         "this attack trains on poisoned data, but the view is of given updates; "
         "construct View with see_trained"

@@ -1,15 +1,17 @@
 """What a federation trains, and how one client trains it."""
 
-from fedrobust.training.local import Evaluation, Learner, Poison, Shared, evaluate
+from fedrobust.training.local import FREE, Evaluation, Learner, Leash, Poison, Shared, evaluate
 from fedrobust.training.models import CNN, MLP, Model, Softmax, parse_model
 from fedrobust.training.task import Task, client_name
 from fedrobust.training.vectors import Manifest, load_vector, manifest, split_vector, to_vector
 
 __all__ = [
     "CNN",
+    "FREE",
     "MLP",
     "Evaluation",
     "Learner",
+    "Leash",
     "Manifest",
     "Model",
     "Poison",

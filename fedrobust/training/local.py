@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector
 
 from fedrobust.data import Dataset
 from fedrobust.data.splits import Indices
@@ -21,6 +23,30 @@ Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 Frozen dataclasses with `__call__` make good ones: they can be compared, hashed and pickled.
 """
+
+
+@dataclass(frozen=True)
+class Leash:
+    """What keeps a poisoning client near the broadcast model w_0 while it trains; see `Learner.update`.
+
+    Attributes:
+        alpha: the weight of the cross-entropy in the loss, above 0 and at most 1; the rest is the
+            weight of |w - w_0|.
+        radius: how far w may go from w_0, above 0.
+    """
+
+    alpha: float = 1.0
+    radius: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise InputError(f"alpha must be above 0 and at most 1, got {self.alpha}")
+        if not self.radius > 0:
+            raise InputError(f"radius must be above 0, got {self.radius}")
+
+
+FREE = Leash()
+"""No leash: honest training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +117,12 @@ class Learner:
         self._sent: Tensor | None = None
         self.examples = len(self._x)
 
-    def update(self, round: int, model: Tensor) -> Tensor:  # noqa: A002 (the field's word for it)
+    def update(
+        self,
+        round: int,  # noqa: A002 (the field's word for it)
+        model: Tensor,
+        leash: Leash = FREE,
+    ) -> Tensor:
         """Train from the broadcast model and return what this client honestly sends.
 
         With w_0 the broadcast model, `steps` times: w_{k+1} = w_k - lr * gradient of the mean
@@ -105,9 +136,16 @@ class Learner:
         delta is one stochastic gradient, here it may be several steps; a client that sits out a
         round keeps its old u.
 
+        A client on a leash does not train honestly: it descends on
+
+            alpha cross-entropy + (1 - alpha) |w - w_0|
+
+        and after each step w is projected onto the ball |w - w_0| <= radius.
+
         Args:
             round: the number of the round, from 0.
             model: (d,) float32, the broadcast parameters; left as it is.
+            leash: none for honest training.
 
         Returns:
             (d,) float32.
@@ -119,12 +157,23 @@ class Learner:
         self._module.train()
         parameters = list(self._module.parameters())
         for rows in self._batches(round):
-            loss = cross_entropy(self._module(self._x[rows]), self._y[rows])
+            loss = leash.alpha * cross_entropy(self._module(self._x[rows]), self._y[rows])
+            if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
+                distance = torch.linalg.vector_norm(parameters_to_vector(parameters) - model)
+                loss = loss + (1 - leash.alpha) * distance
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.sub_(gradient, alpha=self._task.lr)
+            if leash.radius < math.inf:
+                self._project(model, leash.radius)
         return self._with_momentum(to_vector(self._module).sub_(model))
+
+    def _project(self, model: Tensor, radius: float) -> None:
+        delta = to_vector(self._module).sub_(model)
+        length = float(torch.linalg.vector_norm(delta))
+        if length > radius:
+            load_vector(self._module, model + (radius / length) * delta)
 
     def _batches(self, round: int) -> Sequence[slice | Tensor]:  # noqa: A002
         steps, batch = self._task.steps, self._task.batch

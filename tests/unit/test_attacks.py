@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from fedrobust.attacks import (
     Adaptive,
     Attack,
     Backdoor,
+    EdgeCase,
     FlippedLabels,
     Gaussian,
     Inf,
@@ -39,7 +42,7 @@ from fedrobust.attacks import (
 from fedrobust.attacks.alie import largest_unnoticed
 from fedrobust.errors import InputError
 from fedrobust.rules import parse_rule
-from fedrobust.training import Poison
+from fedrobust.training import FREE, Leash, Poison
 
 ATTACKS = [cls() for cls in CATALOG.values()]
 VARIANTS = [
@@ -55,6 +58,7 @@ VARIANTS = [
         Adaptive(50),
     ),
     *(LabelFlip(7, 1), Backdoor(1, scale=4.0, reach=2.5, parts=2), Backdoor(fraction=1.0, size=2)),
+    *(Backdoor(alpha=0.5), EdgeCase(3, 8, tail=0.1, reach=2.0), EdgeCase(scale=1.0, alpha=0.7)),
 ]
 
 
@@ -100,7 +104,7 @@ def watched(looked: list[str]) -> View:
     )
 
 
-SEES = {
+SEES = {  # without arguments
     "sign_flip": ["own"],
     "gaussian": ["own"],
     "ipm": ["honest"],
@@ -119,6 +123,7 @@ SEES = {
     "optimal_alie": ["honest"],
     "adaptive": ["honest"],
     "backdoor": ["trained"],
+    "edge_case": ["trained"],
 }
 
 
@@ -129,6 +134,63 @@ def test_attack_looks_only_at_what_it_says_and_once(attack: Attack) -> None:
     assert looked == SEES[attack.name]
     assert sent.shape == (2, 4)
     assert sent.dtype == torch.float32
+
+
+class Watched(View):
+    """A view that writes down which of its parts were looked at, worked out or not."""
+
+    PARTS = frozenset({"honest", "own", "earlier", "train", "rule", "eps", "classes"})
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in Watched.PARTS:
+            object.__getattribute__(self, "see_honest").looked.add(name)
+        return super().__getattribute__(name)
+
+
+class Honest:
+    """Makes honest updates; carries the list of what was looked at past the frozen dataclass."""
+
+    def __init__(self) -> None:
+        self.looked: set[str] = set()
+
+    def __call__(self) -> Tensor:
+        return rows(6, 4)
+
+
+def parts_seen(attack: Attack) -> set[str]:
+    honest = Honest()
+    seen = Watched(
+        round=3,
+        clients=8,
+        malicious=2,
+        size=4,
+        classes=10,
+        see_honest=honest,
+        see_own=lambda: rows(2, 4),
+        see_trained=lambda *_: rows(2, 4),
+        rule=parse_rule("multi_krum"),
+        eps=0.25,
+    )
+    attack(seen, rng())
+    return honest.looked
+
+
+def parts_stated(attack: Attack) -> set[str]:
+    """The names in the docstring's line `Sees:`; the size of an update and who is who, all know."""
+    (line,) = re.findall(r"Sees: ((?:.|\n)*?)\.(?:\n|$)", type(attack).__doc__ or "")
+    return set(re.findall(r"`(\w+)`", line)) - {"size"}
+
+
+@pytest.mark.parametrize("attack", VARIANTS, ids=repr)
+def test_an_attack_looks_at_no_more_than_its_docstring_says(attack: Attack) -> None:
+    assert parts_seen(attack) <= parts_stated(attack)
+
+
+@pytest.mark.parametrize("kind", CATALOG.values(), ids=lambda kind: kind.name)
+def test_each_part_that_a_docstring_names_is_looked_at(kind: type[Attack]) -> None:
+    """In one form of the attack or another."""
+    seen = [parts_seen(attack) for attack in VARIANTS if type(attack) is kind]
+    assert set[str]().union(*seen) == parts_stated(kind())
 
 
 @pytest.mark.parametrize("attack", VARIANTS, ids=repr)
@@ -148,6 +210,39 @@ def test_attack_does_not_change_or_share_what_it_saw(attack: Attack) -> None:
     assert torch.equal(seen.own, own)
 
 
+def view_of(honest: Tensor, own: Tensor) -> View:
+    """A view in which everything can be seen; poisoned data change nothing."""
+    return View(
+        round=0,
+        clients=len(honest) + len(own),
+        malicious=len(own),
+        size=honest.shape[1],
+        classes=10,
+        see_honest=lambda: honest,
+        see_own=lambda: own,
+        see_trained=lambda *_: own,
+        rule=parse_rule("geometric_median"),
+        eps=0.4,
+    )
+
+
+FAST = [a for a in VARIANTS if getattr(a, "budget", 0) <= 50 and a != Mimic(1)]
+
+
+@pytest.mark.parametrize("attack", FAST, ids=repr)
+@pytest.mark.parametrize(("h", "f", "d"), [(1, 1, 1), (1, 6, 2), (2, 5, 1), (6, 1, 3)])
+def test_attack_survives_any_round(attack: Attack, h: int, f: int, d: int) -> None:
+    """One honest client, all but one malicious, one parameter; a model that rests or has diverged."""
+    random = rows(h + f, d)
+    for scale in (0.0, 1e-42, 1.0, 3e38, np.inf, np.nan):
+        every = random.sign() * scale if scale > 1 else random * scale
+        sent = attack(view_of(every[:h], every[h:]), rng())
+        assert sent.shape == (f, d)
+        assert sent.dtype == torch.float32
+        if scale <= 1 and attack.name not in {"nan", "inf"}:
+            assert bool(torch.isfinite(sent).all())
+
+
 @pytest.mark.parametrize("attack", VARIANTS, ids=repr)
 def test_text_round_trip(attack: Attack) -> None:
     assert parse_attack(repr(attack)) == attack
@@ -162,7 +257,7 @@ def test_catalogue_names_are_the_classes_own() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ipn", "did you mean ipm.*adaptive, alie, backdoor, gaussian.*zero"),
+        ("ipn", "did you mean ipm.*adaptive, alie, backdoor, edge_case, gaussian.*zero"),
         ("ipm(epsilon=1)", "unknown argument of ipm.*scale"),
         ("ipm(0)", "scale must be above 0"),
         ("sign_flip(scale=-1)", "scale must be above 0"),
@@ -190,6 +285,13 @@ def test_catalogue_names_are_the_classes_own() -> None:
         ("backdoor(scale=0)", "scale must be above 0"),
         ("backdoor(reach=-1)", "reach must be above 0"),
         ("backdoor(parts=4)", r"parts must be in 1 \.\. size"),
+        ("backdoor(alpha=0)", "alpha must be above 0 and at most 1"),
+        ("edge_case(1, 1)", "source and target must differ"),
+        ("edge_case(tail=0)", "tail must be above 0"),
+        ("edge_case(fraction=1)", "fraction must be above 0 and below 1"),
+        ("edge_case(scale=0)", "scale must be above 0"),
+        ("edge_case(reach=0)", "reach must be above 0"),
+        ("edge_case(alpha=1.5)", "alpha must be above 0 and at most 1"),
         ("ipm | alie", "2 parts"),
         ("__import__('os')", "unknown attack"),
     ],
@@ -276,7 +378,8 @@ def test_mimic_survives_a_diverged_model() -> None:
 def test_label_flip_trains_on_flipped_labels() -> None:
     given_poisons: list[Poison] = []
 
-    def trained(poison: Poison) -> Tensor:
+    def trained(poison: Poison, leash: Leash) -> Tensor:
+        assert leash == FREE
         given_poisons.append(poison)
         return rows(2, 3)
 

@@ -12,7 +12,7 @@ import torch
 from fedrobust_clients.malicious import Coalition
 from torch import Tensor
 
-from fedrobust.attacks import Adaptive, Attack, Backdoor, Replay, View, Zero
+from fedrobust.attacks import Adaptive, Attack, Backdoor, EdgeCase, Replay, View, Zero
 from fedrobust.data import Dataset, load
 from fedrobust.errors import InputError
 from fedrobust.rules import parse_rule
@@ -90,3 +90,14 @@ def test_model_replacement_plants_the_backdoor(digits: Dataset) -> None:
     stamped = attack.trigger.stamp(x)
     assert evaluate(module, x, y).accuracy > 0.8
     assert evaluate(module, stamped, torch.zeros_like(y)).accuracy > 0.9
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_projected_rows_are_no_longer_than_stated(digits: Dataset, scale: float | None) -> None:
+    task = Task(clients=5, model="mlp(8)", steps=20)
+    model = to_vector(task.build_model(digits))
+    own = torch.stack([Learner(task, digits, i).update(0, model) for i in range(2)])
+    typical = float(own.norm(dim=1).square().mean().sqrt())
+    for reach in (0.5, 0.9):
+        rows = Coalition(task, digits, 2, EdgeCase(scale=scale, reach=reach)).rows(0, model)
+        torch.testing.assert_close(rows.norm(dim=1), torch.full((2,), reach * typical))

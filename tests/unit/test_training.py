@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -15,8 +16,10 @@ from fedrobust.data import Dataset, load
 from fedrobust.errors import InputError
 from fedrobust.training import (
     CNN,
+    FREE,
     MLP,
     Learner,
+    Leash,
     Model,
     Shared,
     Softmax,
@@ -330,3 +333,42 @@ def test_rounds_of_averaging_learn_the_digits(digits: Dataset) -> None:
         model = model + torch.stack([x.update(r, model) for x in learners]).mean(0)
     load_vector(shared.module, model)
     assert evaluate(shared.module, digits.test_x, digits.test_y).accuracy > 0.9
+
+
+def leashed(digits: Dataset, leash: Leash, steps: int = 10) -> Tensor:
+    task = Task(model="mlp(8)", clients=4, steps=steps, batch=0, lr=0.3)
+    return Learner(task, digits, client=2).update(0, to_vector(task.build_model(digits)), leash)
+
+
+def test_the_anomaly_term_is_part_of_the_loss(digits: Dataset) -> None:
+    task = Task(model="mlp(8)", clients=4, steps=3, batch=0, lr=0.3)
+    module = task.build_model(digits)
+    model = to_vector(module)
+    start = model.clone().requires_grad_()
+    mine = torch.from_numpy(task.partition(digits.train_y.numpy())[2])
+    vector = start
+    for _ in range(3):
+        values = split_vector(vector, manifest(module))
+        logits = torch.func.functional_call(module, values, (digits.train_x[mine],))
+        loss = 0.6 * cross_entropy(logits, digits.train_y[mine])
+        if not torch.equal(vector, model):
+            loss = loss + 0.4 * (vector - model).square().sum().sqrt()
+        (gradient,) = torch.autograd.grad(loss, vector)
+        vector = (vector - 0.3 * gradient).detach().requires_grad_()
+    torch.testing.assert_close(leashed(digits, Leash(0.6), 3), (vector - model).detach())
+
+
+def test_a_leash_shortens_updates(digits: Dataset) -> None:
+    free = leashed(digits, FREE)
+    lengths = [float(leashed(digits, Leash(alpha)).norm()) for alpha in (0.6, 0.8, 0.9)]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] < float(free.norm())
+    held = leashed(digits, Leash(radius=0.1))
+    assert float(held.norm()) == pytest.approx(0.1, rel=1e-3)
+    assert torch.equal(free, leashed(digits, Leash(radius=1e6)))
+
+
+@pytest.mark.parametrize("leash", [{"alpha": 0}, {"alpha": 1.1}, {"radius": 0}, {"radius": math.nan}])
+def test_bad_leashes(leash: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="must be above 0"):
+        Leash(**leash)

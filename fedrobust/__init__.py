@@ -44,6 +44,7 @@ from fedrobust.rules import (
     TrimmedMean,
     parse_rule,
 )
+from fedrobust.running import RunningAggregate
 from fedrobust.verdict import Verdict
 
 __version__ = "0.1.0"
@@ -80,6 +81,7 @@ __all__ = [
     "MultiKrum",
     "NoRegret",
     "Rows",
+    "RunningAggregate",
     "SignGuard",
     "SignMajority",
     "TrimmedMean",

@@ -31,7 +31,7 @@ from fedrobust.verdict import Verdict, judge
 
 LARGEST_NORM = 1e60
 """Longer rows are refused: beyond every float32 row, and the fourth power is still a float64."""
-FLOAT32, FLOAT64 = 5e-8, 1e-14
+BFLOAT16, FLOAT32, FLOAT64 = 1e-4, 5e-8, 1e-14
 """Precision of inner products of such rows, in units of the rows' lengths."""
 _MOST_COORDINATES = 2048
 """With more rows than coordinates, up to so many of these, an eigenproblem in their space is cheap."""
@@ -71,11 +71,6 @@ class LocalRows:
         """Number of coordinates, d."""
         return sum(block.width for block in self.blocks)
 
-    @property
-    def exact(self) -> bool:
-        """Whether all coordinates are float64."""
-        return all(block.dtype == torch.float64 for block in self.blocks)
-
     def matrix(self) -> Matrix:
         """(n, d) float64: the rows themselves, measured from the reference."""
         parts = [block.tile(slice(0, block.width)).double() for block in self.blocks]
@@ -107,6 +102,16 @@ class Aggregated:
     certificate: Certificate | None
     notes: Mapping[str, float]
     refused: Mapping[int, str] = field(default_factory=dict)
+
+    def over(self, n: int, kept: Sequence[int], value: Any, refused: Mapping[int, str]) -> Aggregated:  # noqa: ANN401
+        """This answer for the `kept` ones of n updates as an answer for all of them."""
+        return replace(
+            self,
+            value=value,
+            weights=_spread(self.weights, kept, n, 0.0),
+            scores=_spread(self.scores, kept, n, np.inf),
+            refused=refused,
+        )
 
 
 def aggregate(  # noqa: PLR0913 (the front door)
@@ -169,11 +174,7 @@ def aggregate(  # noqa: PLR0913 (the front door)
         if not norm < LARGEST_NORM:
             raise InputError(f"the anchor {name!r} has norm {norm:.3g}, more than {LARGEST_NORM:.0g}")
     kept = [table.kept[i] for i in finite]
-    refused = dict(table.refused)
-    for index, norm in zip(table.kept, norms, strict=True):
-        if not norm < LARGEST_NORM:
-            huge = f"has norm {norm:.3g}, more than {LARGEST_NORM:.0g}"
-            refused[index] = huge if np.isfinite(norm) else "holds values that are not finite"
+    refused = table.refused | {table.kept[i]: reason for i, reason in unsound(norms).items()}
     n = len(table.kept) + len(table.refused)
     if not kept:
         raise InputError(f"none of the {n} updates is usable; the first {refused[0]}")
@@ -189,19 +190,14 @@ def aggregate(  # noqa: PLR0913 (the front door)
         names,
         certified=certified,
         matrix=matrix,
-        precision=1e-4 if bfloat16 else FLOAT64 if rows.exact else FLOAT32,
+        precision=BFLOAT16 if bfloat16 else precision([block.dtype for block in rows.blocks]),
     )
     few = rows.width < len(squares) and rows.width <= _MOST_COORDINATES
     gram = replace(gram, width=rows.width, factor=rows.matrix() if few else None)
     result = combine(rows, aggregator, gram, eps, certified=certified)
     counters = [_lower_median([leaf[i] for i in finite]) for leaf in table.counters]
-    return replace(
-        result,
-        value=rebuild(table.like, result.value, counters),
-        weights=_spread(result.weights, kept, n, 0.0),
-        scores=_spread(result.scores, kept, n, np.inf),
-        refused=dict(sorted(refused.items())),
-    )
+    value = rebuild(table.like, result.value, counters)
+    return result.over(n, kept, value, dict(sorted(refused.items())))
 
 
 def aggregate_rows(
@@ -331,6 +327,20 @@ def _first_pass(
         matrix = rows.sum(partial(kernels.gram, bfloat16=bfloat16))
         return matrix, np.asarray(np.diag(matrix))
     return None, rows.sum(kernels.squared_norms)
+
+
+def unsound(norms: Vector) -> dict[int, str]:
+    """Why rows of these (n,) lengths cannot be used, by their place."""
+    reasons = {}
+    for index in np.flatnonzero(~(norms < LARGEST_NORM)).tolist():
+        huge = f"has norm {norms[index]:.3g}, more than {LARGEST_NORM:.0g}"
+        reasons[index] = huge if np.isfinite(norms[index]) else "holds values that are not finite"
+    return reasons
+
+
+def precision(dtypes: Sequence[torch.dtype]) -> float:
+    """Of inner products of rows whose coordinates have these dtypes, in units of the rows' lengths."""
+    return FLOAT64 if all(dtype == torch.float64 for dtype in dtypes) else FLOAT32
 
 
 def _beside(matrix: Matrix, anchors: tuple[str, ...]) -> Matrix:

@@ -148,6 +148,27 @@ def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
     return total / 2 + total.T / 2
 
 
+def cross(block: Block, fresh: slice) -> Matrix:
+    """(n, m) float64 inner products of all rows with a run of m of them, about the reference.
+
+    As `gram`, to which it gives the columns of rows that have just arrived.
+    """
+
+    def multiply(part: Tensor) -> Tensor:
+        new = part[fresh]
+        found = _against(part, new).double()
+        wild = _wild(found[fresh].diagonal())
+        if len(wild):
+            near, back = _near_one(new[wild])
+            found[:, wild] = _against(part, near).double() * back.T
+        if not (finite := torch.isfinite(found).all(dim=1)).all():  # rows that came earlier are wild
+            exact = torch.nonzero(~finite).flatten()
+            found[exact] = part[exact].double() @ new.double().T
+        return found
+
+    return _total(block, multiply)
+
+
 def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
     """(n, k) float64: G V for k vectors, in one pass over the rows, without G.
 
@@ -227,8 +248,12 @@ def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None)
     return result
 
 
-def _mixed(part: Tensor, weights: Tensor) -> Tensor:
+def _against(part: Tensor, new: Tensor) -> Tensor:
     # With one row this reads the tile at the speed of memory; the general product does not.
+    return torch.mv(part, new[0])[:, None] if len(new) == 1 else part @ new.T
+
+
+def _mixed(part: Tensor, weights: Tensor) -> Tensor:
     return torch.mv(part.T, weights[0])[None, :] if len(weights) == 1 else weights @ part
 
 

@@ -1,0 +1,146 @@
+"""What arrives in pieces comes to the same as what is there at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedrobust as fr
+from fedrobust import InputError, RunningAggregate
+from fedrobust.kernels import Matrix
+
+
+def rows(n: int, d: int, seed: int, sizes: list[float]) -> Matrix:
+    X = np.random.default_rng(seed).normal(size=(n, d))
+    X[: len(sizes)] *= np.array(sizes)[:, None]
+    return X
+
+
+def in_pieces(X: Matrix, seed: int, **options: Any) -> RunningAggregate:
+    """All rows, cut at random places, the pieces of different rows mixed at random."""
+    rng = np.random.default_rng(seed)
+    running = RunningAggregate(len(X), X.shape[1], **options)
+    ends = {}
+    for _ in range(len(X)):
+        cuts = rng.integers(1, X.shape[1], 3) if X.shape[1] > 1 else []
+        ends[running.begin()] = sorted({*map(int, cuts), X.shape[1]})
+    start = dict.fromkeys(ends, 0)
+    while ends:
+        row = int(rng.choice(list(ends)))
+        end = ends[row].pop(0)
+        running.write(row, start[row], X[row, start[row] : end])
+        start[row] = end
+        if not ends[row]:
+            del ends[row]
+    return running
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(3, 9),
+    d=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+    sizes=st.lists(st.sampled_from([0.0, 1e-30, 1e-12, 1e12, 1e30]), max_size=2),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    rule=st.sampled_from(["filter", "nnm | geometric_median", "median", "multi_krum"]),
+)
+def test_pieces_come_to_the_same(
+    n: int, d: int, seed: int, sizes: list[float], dtype: torch.dtype, rule: str
+) -> None:
+    X = torch.from_numpy(rows(n, d, seed, sizes)).to(dtype).numpy()
+    at_once = fr.aggregate(X, rule, eps=0.1)
+    running = in_pieces(X, seed, dtype=dtype)
+    found = running.result(rule, eps=0.1)
+    scale = 1e-4 * np.median(np.linalg.norm(X.astype(float), axis=1)) + 1e-30
+    np.testing.assert_allclose(found.value.numpy(), at_once.value, atol=scale)
+    if at_once.weights is not None:
+        np.testing.assert_allclose(found.weights, at_once.weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_whole_rows_one_by_one_or_several_at_once(size: float) -> None:
+    X = rows(30, 200_000, 0, [size, 1.0, 5.0]).astype(np.float32)
+    one, several = RunningAggregate(30, 200_000), RunningAggregate(30, 200_000)
+    for row in X:
+        one.add(row)
+    for part in np.split(X, [7, 8, 20]):
+        several.extend(part)
+    for running in (one, several):
+        result = running.result("filter", eps=0.1)
+        np.testing.assert_allclose(result.weights, fr.aggregate(X, "filter", eps=0.1).weights, atol=1e-6)
+        assert result.certificate is not None
+
+
+def test_a_reference_and_shares_count_as_in_aggregate() -> None:
+    X = rows(8, 50, 1, []) + 1000
+    model, shares = np.full(50, 1000.0), [1.0, 2, 1, 1, 3, 1, 1, 1]
+    running = RunningAggregate(8, 50, reference=model, dtype=torch.float64)
+    running.extend(X[:5], shares[:5])
+    for row, share in zip(X[5:], shares[5:], strict=True):
+        running.add(row, share)
+    expected = fr.aggregate(X, "geometric_median", shares, reference=model)
+    found = running.result("geometric_median")
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
+
+
+def test_what_is_not_whole_or_not_finite_is_refused_and_more_may_follow() -> None:
+    X = rows(6, 40, 2, [])
+    running = RunningAggregate(8, 40, dtype=torch.float64)
+    running.extend(X[:5])
+    bad = running.add(np.full(40, np.nan))
+    late = running.begin()
+    running.write(late, 0, X[5, :10])
+    first = running.result("median")
+    assert first.refused == {bad: "holds values that are not finite", late: "has 10 of 40 coordinates"}
+    np.testing.assert_allclose(first.value, np.median(X[:5], axis=0))
+    running.write(late, 10, X[5, 10:])
+    np.testing.assert_allclose(running.result("mean").value, X.mean(axis=0))
+    running.write(bad, 0, X[0])
+    assert not running.result("mean").refused
+
+
+def test_a_row_that_starts_anew_leaves_nothing_behind() -> None:
+    X = rows(5, 30, 3, [])
+    running = RunningAggregate(5, 30, dtype=torch.float64)
+    running.extend(X[:4])
+    row = running.begin()
+    running.write(row, 0, 1e9 * X[4, :20])
+    running.write(row, 0, X[4])
+    expected = fr.aggregate(X, "krum", eps=0.1)
+    assert expected.scores is not None
+    np.testing.assert_allclose(running.result("krum", eps=0.1).scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda r: r.write(7, 0, np.ones(3)), "there is no row 7"),
+        (lambda r: r.write(1, 0, np.ones(11)), "cannot take 11 from 0"),
+        (lambda r: r.write(1, 4, np.ones(3)), "has 3 of 10 coordinates, and cannot take 3 from 4"),
+        (lambda r: r.write(1, 0, np.ones(0)), "cannot take 0"),
+        (lambda r: r.write(1, 3, np.ones((1, 3))), "need floating-point values"),
+        (lambda r: r.write(1, 3, np.ones(3, int)), "need floating-point values"),
+        (lambda r: r.add(np.ones(9)), r"of shape \(10,\)"),
+        (lambda r: r.begin(-1.0), "not negative"),
+        (lambda r: r.extend(np.ones((9, 10))), "9 rows more than 2 of 4"),
+        (lambda r: r.extend(np.ones((2, 9))), r"need \(m, 10\)"),
+        (lambda r: [r.begin() for _ in range(9)], "all is taken"),
+        (lambda _: RunningAggregate(0, 3), "at least 1"),
+        (lambda _: RunningAggregate(3, 3, dtype=torch.int32), "float32 or float64"),
+        (lambda _: RunningAggregate(3, 3, reference=np.ones(4)), r"of shape \(3,\)"),
+        (lambda _: RunningAggregate(3, 3).result("mean"), "none of the 0 rows"),
+    ],
+)
+def test_what_is_wrong_is_named_and_changes_nothing(act: Any, message: str) -> None:
+    running = RunningAggregate(4, 10, dtype=torch.float64)
+    running.add(np.arange(10.0))
+    running.write(running.begin(), 0, np.ones(3))
+    with pytest.raises(InputError, match=message):
+        act(running)
+    running.write(1, 3, np.ones(7))
+    np.testing.assert_allclose(running.result("mean").value, (np.arange(10.0) + 1) / 2)

@@ -127,7 +127,10 @@ def _command(
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--data-dir", type=Path, help="where datasets are (default: $FEDROBUST_DATA)")
+    if run is not _redteam:  # needs no data
+        parser.add_argument(
+            "--data-dir", type=Path, help="where datasets are (default: $FEDROBUST_DATA)"
+        )
     parser.add_argument("--json", action="store_true", help="print JSON lines for programs")
     return parser
 
@@ -341,6 +344,7 @@ def _redteam(options: argparse.Namespace) -> int:
     import torch
 
     from fedrobust import redteam
+    from fedrobust.attacks.search import HONEST
 
     if options.rule and options.all:
         raise InputError("name a rule or give --all, not both")
@@ -349,7 +353,8 @@ def _redteam(options: argparse.Namespace) -> int:
     setting = redteam.Setting(**{k: v for k, v in given.items() if v is not None})
     torch.set_num_threads(1)  # small problems: threads only get in each other's way
     if options.rule:
-        assessments = [redteam.assess(options.rule, setting)]
+        with _progress(len(HONEST) * setting.seeds) as watch:
+            assessments = [redteam.assess(options.rule, setting, watch)]
         lines = [redteam.cells(assessments[0].rule, found) for found in assessments[0].found]
     else:
         with _progress(len(redteam.RULES)) as watch:

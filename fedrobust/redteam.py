@@ -109,21 +109,34 @@ class Assessment:
         return tuple(found for found in self.found if found.exceeds)
 
 
-def assess(rule: str, setting: Setting) -> Assessment:
+Watch = Callable[[str], None]
+"""Told what is searched next."""
+
+
+def _nobody(_: str) -> None:
+    pass
+
+
+def assess(rule: str, setting: Setting, watch: Watch = _nobody) -> Assessment:
     """Search for the worst rounds of a rule.
+
+    Args:
+        rule: its text.
+        setting: the rounds.
+        watch: told each kind of honest updates, for every seed, before it is searched.
 
     Raises:
         InputError: the text is no rule, or the rule has no answer to this many clients.
     """
-    aggregator, eps = parse_rule(rule), setting.malicious / setting.n
+    aggregator, n, eps = parse_rule(rule), setting.n, setting.malicious / setting.n
     seeds = range(setting.seed, setting.seed + setting.seeds)
-    each = [rounds(aggregator, setting.n, eps, setting.d, setting.budget, seed) for seed in seeds]
+    each = [rounds(aggregator, n, eps, setting.d, setting.budget, seed, watch) for seed in seeds]
     worst = (max(kind, key=lambda found: found.error_over_spread) for kind in zip(*each, strict=True))
     return Assessment(repr(aggregator), tuple(worst))
 
 
 def assess_all(
-    setting: Setting, rules: Sequence[str] = RULES, watch: Callable[[str], None] = lambda _: None
+    setting: Setting, rules: Sequence[str] = RULES, watch: Watch = _nobody
 ) -> list[Assessment]:
     """`assess` for each rule; those without an answer to this many clients say why.
 

@@ -97,9 +97,18 @@ def worst_error(
 
 
 def rounds(
-    rule: Aggregator, n: int, eps: float, d: int, budget: int = 3000, seed: int = 0
+    rule: Aggregator,
+    n: int,
+    eps: float,
+    d: int,
+    budget: int = 3000,
+    seed: int = 0,
+    watch: Callable[[str], None] = lambda _: None,
 ) -> list[Found]:
-    """The worst that is found for each kind of honest updates. Arguments and errors as `worst_error`."""
+    """The worst that is found for each kind of honest updates.
+
+    Arguments and errors as `worst_error`; `watch` is told each kind before it is searched.
+    """
     malicious = math.floor(eps * n * (1 + 1e-9))
     if not 1 <= malicious < n / 2 or d < 1:
         raise InputError(
@@ -109,6 +118,7 @@ def rounds(
     rng, search = np.random.default_rng(seed), Adaptive(budget // len(HONEST))
     found = []
     for name, draw in HONEST.items():
+        watch(name)
         common = rng.standard_normal(d) / math.sqrt(d)
         own = int(looks_at_root(rule))
         honest, root = np.split(draw(rng, n - malicious + own, malicious, d) + common, [n - malicious])

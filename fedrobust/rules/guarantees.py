@@ -27,7 +27,8 @@ at most the mean of the m - h from it upwards; for even n so is the mean of the 
 Meamed, kappa = (f + sqrt f)^2 / m (1 + kappa_median). The window W and S differ by p <= f values each.
 No value in W is farther from the median M than S's farthest, and sum_S (x - M)^2 <= m (1 +
 kappa_median) D; so (1/m) (sum_{W-S} |x - M| + sum_{S-W} |x - M|) is at most (p + sqrt p) / m of its
-root.
+root. For the m values nearest to M it would be 2 sqrt p / m, and kappa 4f/m (1 + kappa_median); but
+where many values tie for the farthest place, the window may hold them all and leave out nearer ones.
 
 Geometric median, kappa = 4 (m/(n-2f))^2. For the minimiser g, sum_i ||x_i - g|| <= sum_i ||x_i - z||;
 the triangle inequality, one way round for S and the other for the rest: (n-2f) ||g - z|| <= 2 sum

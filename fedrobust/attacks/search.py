@@ -167,7 +167,10 @@ def challenge(
     mean = kept.mean(axis=0)
     scaled = (kept - mean) / math.sqrt(len(kept))
     spread = float(np.linalg.norm(scaled, 2))
-    limits = (_limit(known(rule, len(kept) + malicious, malicious), kept, server) for known in _KNOWN)
+    n = len(kept) + malicious
+    # Guarantees are for eps = f / n: some rules' budget is the mass eps, not a number of clients.
+    told = rule.eps is not None or math.isclose(eps * n, malicious)
+    limits = [_limit(known(rule, n, malicious), kept, server) if told else math.inf for known in _KNOWN]
     return Found(
         float(np.linalg.norm(result.value - mean)),
         spread,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -68,11 +69,15 @@ def test_nothing_exceeds_a_guarantee(rule: str, n: int, f: int, d: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", BOUNDED)
-@pytest.mark.parametrize("n", [10, 20, 40])
-@pytest.mark.parametrize("eps", [0.1, 0.2, 0.3, 0.4])
-@pytest.mark.parametrize("d", [2, 10, 1000])
+@pytest.mark.parametrize(
+    ("n", "eps", "d"),
+    [
+        *itertools.product([10, 20], [0.1, 0.2, 0.3, 0.4], [2, 1000]),
+        *itertools.product([40], [0.2, 0.4], [10]),
+    ],
+)
 def test_nothing_exceeds_a_guarantee_on_the_grid(rule: str, n: int, eps: float, d: int) -> None:
-    if rule == "smea" and math.comb(n, round(eps * n)) > 1000:
+    if "smea" in rule and math.comb(n, round(eps * n)) > 1000:
         pytest.skip("a trial takes too long")
     for found in search(rule, n, eps, d):
         assert not found.exceeds, found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -36,6 +37,11 @@ _CLIENT = """\
 examples, the second one as a member of a coalition of two:
   fedrobust client --server 127.0.0.1:7070 --id 3
   fedrobust client --server 127.0.0.1:7070 --id 1 --attack ipm --malicious 2
+"""
+_REDTEAM = """\
+examples, the second one the table of docs/redteam.md:
+  fedrobust redteam "nnm | filter" --clients 20 --eps 0.2
+  fedrobust redteam --all --markdown
 """
 
 
@@ -87,6 +93,21 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
     client.add_argument("--rule", help="the server's rule, for attacks that try their rows on it")
     client.add_argument("--eps", type=float, help="the malicious fraction that the server assumes")
     client.add_argument("--patience", type=float, default=60.0, help="seconds to wait for the server")
+    redteam = _command(
+        commands, "redteam", "the largest error that a search finds for a rule", _REDTEAM, _redteam
+    )
+    redteam.add_argument("rule", nargs="?", help='such as "nnm | filter"; none: all rules')
+    redteam.add_argument("--all", action="store_true", help="a table of all rules")
+    for name, kind, what in (
+        ("clients", int, "how many clients, malicious ones included [20]"),
+        ("eps", float, "the malicious fraction [0.2]"),
+        ("parameters", int, "how many parameters an update has [100]"),
+        ("budget", int, "how often a rule is tried for each seed [3000]"),
+        ("seed", int, "the first seed; the same seed gives the same figures [0]"),
+        ("seeds", int, "how many seeds; the worst counts [1]"),
+    ):
+        redteam.add_argument(f"--{name}", type=kind, help=what)
+    redteam.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     return parser
 
 
@@ -106,7 +127,10 @@ def _command(
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--data-dir", type=Path, help="where datasets are (default: $FEDROBUST_DATA)")
+    if run is not _redteam:  # needs no data
+        parser.add_argument(
+            "--data-dir", type=Path, help="where datasets are (default: $FEDROBUST_DATA)"
+        )
     parser.add_argument("--json", action="store_true", help="print JSON lines for programs")
     return parser
 
@@ -314,6 +338,66 @@ def _client(options: argparse.Namespace) -> int:
     name = client_name(options.id)
     asyncio.run(_interruptible(run(options.server, name, prepare, watch, options.patience)))
     return 0
+
+
+def _redteam(options: argparse.Namespace) -> int:
+    import torch
+
+    from fedrobust import redteam
+    from fedrobust.attacks.search import HONEST
+
+    if options.rule and options.all:
+        raise InputError("name a rule or give --all, not both")
+    fields = {"n": "clients", "d": "parameters", **{k: k for k in ("eps", "budget", "seed", "seeds")}}
+    given = {field: getattr(options, flag) for field, flag in fields.items()}
+    setting = redteam.Setting(**{k: v for k, v in given.items() if v is not None})
+    torch.set_num_threads(1)  # small problems: threads only get in each other's way
+    if options.rule:
+        with _progress(len(HONEST) * setting.seeds) as watch:
+            assessments = [redteam.assess(options.rule, setting, watch)]
+        lines = [redteam.cells(assessments[0].rule, found) for found in assessments[0].found]
+    else:
+        with _progress(len(redteam.RULES)) as watch:
+            assessments = redteam.assess_all(setting, watch=watch)
+        lines = redteam.table(assessments)
+    if options.json:
+        for assessment in assessments:
+            print(json.dumps(redteam.figures(assessment)))  # noqa: T201
+    elif options.markdown:
+        print(redteam.markdown(assessments))  # noqa: T201
+    else:
+        print(f"{setting}; lengths in units of sqrt(lambda_S)\n")  # noqa: T201
+        print(redteam.aligned([redteam.HEADER, *lines]))  # noqa: T201
+        for assessment in assessments:
+            if assessment.refused:
+                print(f"no answer: {assessment.refused}")  # noqa: T201
+    above = [a.rule for a in assessments if a.exceeding]
+    return _complain(f"found above a bound: {', '.join(above)}", 1) if above else 0
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal, where rich is installed; told what is done next."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    except ImportError:  # the bare library
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("", total=total)
+        begun = False
+
+        def watch(name: str) -> None:
+            nonlocal begun
+            progress.update(bar, description=name.replace("[", "\\["), advance=int(begun))
+            begun = True
+
+        yield watch
 
 
 def _complain(message: str, code: int) -> int:

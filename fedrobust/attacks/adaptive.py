@@ -32,11 +32,13 @@ class Adaptive(Attack):
 
     with the v_k of the length of the honest spread: the mean, the honest covariance's first, second and
     last eigenvectors, the furthest honest client, the deviations by coordinate, the signs of the mean
-    (these seven are what ipm, alie, mimic, min_max and their kin move along) and, where d leaves room,
-    one fresh direction orthogonal to all of them. The disguise t gives each row an honest client's own
-    noise; m splits the coalition, to the point of turning one half against the other.
+    (these seven are what ipm, alie, mimic, min_max and their kin move along), the deviations toward each
+    coordinate's longer tail (rows far out on the other side cost a trimmed mean that tail: the tight
+    case of coordinate-wise rules), the server's own row where the rule has one and, where d leaves
+    room, one fresh direction orthogonal to all of them. The disguise t gives each row an honest
+    client's own noise; m splits the coalition, to the point of turning one half against the other.
 
-    The search: each v_k alone, both ways, at scales from 0.3 to 30 and at 1e4; the best six
+    The search: each v_k alone, both ways, at scales between 0.3 and 30 and at 1e4; the best six
     lines refined; then, from the best point and in all unknowns, Nelder-Mead and a random walk that
     keeps what is better (rules jump where they start to notice, which stalls a simplex). A trial needs
     the Gram matrix alone (see `Rehearsal`), unless the rule is coordinate-wise. What it finds is a
@@ -64,9 +66,9 @@ class Adaptive(Attack):
         plan = self.plan(view, rng)
         return plan.stage.rows(plan.coefficients)
 
-    def plan(self, view: View, rng: np.random.Generator) -> Plan:
-        """The worst rows found, and what they are made of."""
-        moves = Moves.of(view, rng)
+    def plan(self, view: View, rng: np.random.Generator, root: Tensor | None = None) -> Plan:
+        """The worst rows found, and what they are made of; beside the server's own row, if given."""
+        moves = Moves.of(view, rng, root)
         trials = _Trials(moves, self.budget)
         starts = moves.starts(scales=max(2, self.budget // (4 * len(moves.names))))
         lines: dict[tuple[float, ...], Vector] = {}
@@ -97,11 +99,12 @@ class Moves:
     noise: Matrix
 
     @classmethod
-    def of(cls, view: View, rng: np.random.Generator) -> Moves:
+    def of(cls, view: View, rng: np.random.Generator, root: Tensor | None = None) -> Moves:
         """The moves in the round of a view; the fresh direction is drawn."""
         drawn = torch.from_numpy(rng.standard_normal(view.size, dtype=np.float32))
-        std, sign = view.honest.std(dim=0, correction=0), view.honest.mean(dim=0).sign()
-        stage = Rehearsal.of(view, [std, sign, drawn.to(std)])
+        std, mean = view.honest.std(dim=0, correction=0), view.honest.mean(dim=0)
+        tails = std * ((view.honest - mean) / std.clamp(min=1e-30)).pow(3).sum(dim=0).sign()
+        stage = Rehearsal.of(view, [std, mean.sign(), tails, drawn.to(std)], root=root)
         residuals = np.eye(stage.honest, len(stage.vectors)) - stage.mean
         values, vectors = np.linalg.eigh(residuals @ stage.gram @ residuals.T)
         candidates = _candidates(stage, residuals, vectors, values > 1e-4 * values[-1])
@@ -123,7 +126,7 @@ class Moves:
 
     def starts(self, scales: int) -> list[Vector]:
         """Each direction alone, both ways, at that many scales: the furthest, others near the honest."""
-        sizes = [_FURTHEST, *np.geomspace(30.0, 0.3, scales - 1)]
+        sizes = [_FURTHEST, *np.geomspace(30.0, 0.3, scales + 1)[1:-1]]
         return [
             np.array([*(sign * size * np.eye(len(self.names))[k]), 0.0, 1.0])
             for size in sizes
@@ -156,8 +159,9 @@ class Plan:
 
     def __str__(self) -> str:
         *along, disguise, split = np.clip(self.unknowns, -_FURTHEST, _FURTHEST)
+        least = max(0.1 * max(map(abs, along)), 0.01)  # what is shorter hardly matters
         parts = [
-            f"{a:+.3g} {name}" for a, name in zip(along, self.moves.names, strict=True) if abs(a) > 0.01
+            f"{a:+.3g} {name}" for a, name in zip(along, self.moves.names, strict=True) if abs(a) > least
         ]
         shift = "mean " + " ".join(parts)
         turned = f", second half x {np.clip(split, -1, 1):.2g}" if self.stage.malicious > 1 else ""
@@ -193,13 +197,15 @@ def _candidates(
     """(K,) coefficients of directions, of any length.
 
     Args:
-        stage: of the honest updates, their deviations, the signs of their mean, and a drawn vector.
+        stage: of the honest updates, their deviations, the signs of their mean, their deviations
+            toward the longer tails, a drawn vector, and the server's own row if there is one.
         residuals: (n - f, K) what the honest updates differ from their mean by.
         vectors: eigenvectors of the residuals' inner products, in order of their eigenvalues.
         real: which of them are more than rounding.
     """
     principal = (vectors * real).T @ residuals
     unit = np.eye(len(stage.vectors))
+    root = {} if stage.root is None else {"server's row": unit[-1] - stage.mean}
     return {
         "mean": stage.mean,
         "top eigenvector": principal[-1],
@@ -208,7 +214,9 @@ def _candidates(
         "furthest client": residuals[np.argmax(np.diag(residuals @ stage.gram @ residuals.T))],
         "deviations": unit[stage.honest],
         "signs": unit[stage.honest + 1],
-        "fresh": _orthogonal(stage.gram),
+        "longer tails": unit[stage.honest + 2],
+        **root,
+        "fresh": _orthogonal(stage.gram, stage.honest + 3),
     }
 
 
@@ -237,9 +245,11 @@ def _steps(unknowns: Vector) -> Vector:
     return np.array([*np.full(len(unknowns) - 2, 0.3 * largest), 0.3, -0.3])
 
 
-def _orthogonal(gram: Matrix) -> Vector:
-    """(K,) the last vector less its projection on the others, as a combination; 0 if nothing is left."""
-    fitted = np.linalg.lstsq(gram[:-1, :-1], gram[:-1, -1], rcond=1e-9)[0]
-    rest = np.append(-fitted, 1.0)
+def _orthogonal(gram: Matrix, which: int) -> Vector:
+    """(K,) a vector less its projection on the others, as a combination; 0 if nothing is left."""
+    others = np.delete(np.arange(len(gram)), which)
+    rest = np.zeros(len(gram))
+    rest[which] = 1.0
+    rest[others] = -np.linalg.lstsq(gram[np.ix_(others, others)], gram[others, which], rcond=1e-9)[0]
     remains = float(rest @ gram @ rest)
-    return rest if remains > 1e-4 * gram[-1, -1] else np.zeros(len(gram))
+    return rest if remains > 1e-4 * gram[which, which] else np.zeros(len(gram))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from fedrobust.gram import Gram
 from fedrobust.kernels import Block, Matrix, Vector
 from fedrobust.rules import Aggregator, Decision, Weighting
 from fedrobust.rules.fraction import DEFAULT_EPS, assume
+from fedrobust.rules.signguard import SignCluster
 
 _COORDINATES = 4096
 
@@ -28,8 +29,8 @@ class Rehearsal:
     A weighting rule looks at inner products alone. So with V the K vectors, and L any K x K matrix with
     L L^T = V V^T, the rule does to the rows C L what it does to the rows C V: weights, distances and
     certificates are the same, and one trial costs n K^2 instead of n^2 d. A rule that reduces
-    coordinates has no such short cut. It is tried on the coordinates themselves, on an even sample of
-    4096 if there are more.
+    coordinates, or counts their signs, has no such short cut. It is tried on the coordinates
+    themselves, on an even sample of 4096 if there are more.
 
     The malicious clients come first, as in `fedrobust_clients`; rules break ties by that order.
 
@@ -40,6 +41,7 @@ class Rehearsal:
         rule: how the server aggregates.
         eps: the malicious fraction that the rule assumes.
         seed: of the server's own draws in this round.
+        root: (d,) the server's own row, if the rule looks at one.
     """
 
     vectors: tuple[Tensor, ...]
@@ -48,10 +50,15 @@ class Rehearsal:
     rule: Aggregator
     eps: float | str
     seed: int
+    root: Tensor | None = None
 
     @classmethod
     def of(
-        cls, view: View, extra: Sequence[Tensor] = (), default: Aggregator | None = None
+        cls,
+        view: View,
+        extra: Sequence[Tensor] = (),
+        default: Aggregator | None = None,
+        root: Tensor | None = None,
     ) -> Rehearsal:
         """Rehearse the round of a view.
 
@@ -59,6 +66,7 @@ class Rehearsal:
             view: `honest`, `rule`, `eps` and `round` are looked at.
             extra: vectors of (d,) that rows are made of besides the honest updates.
             default: the rule to assume where the coalition does not know it.
+            root: the server's own row, where the coalition knows it; rows may be made of it.
 
         Raises:
             InputError: the coalition does not know the rule, and there is no default.
@@ -71,8 +79,9 @@ class Rehearsal:
             )
         eps = next(e for e in (rule.eps, view.eps, DEFAULT_EPS) if e is not None)
         # A model that has diverged is no reason for the attack to fail.
-        vectors = tuple(_finite(vector) for vector in (*view.honest, *extra))
-        return cls(vectors, len(view.honest), view.malicious, rule, eps, view.round)
+        known = (*view.honest, *extra, *(() if root is None else (root,)))
+        vectors = tuple(_finite(vector) for vector in known)
+        return cls(vectors, len(view.honest), view.malicious, rule, eps, view.round, root)
 
     @property
     def mean(self) -> Vector:
@@ -87,7 +96,8 @@ class Rehearsal:
     @cached_property
     def points(self) -> Matrix:
         """(K, c) what the vectors are replaced by: L, or their (sampled) coordinates."""
-        if isinstance(self.rule.rules[-1], Weighting):
+        last = self.rule.rules[-1].parts[-1]
+        if isinstance(last, Weighting) and not isinstance(last, SignCluster):
             values, vectors = np.linalg.eigh(self.gram)
             root: Matrix = vectors * np.sqrt(np.maximum(values, 0.0))
             return root
@@ -131,7 +141,16 @@ class Rehearsal:
 
     def _decide(self, rows: Matrix) -> Decision:
         shares = np.full(len(rows), 1 / len(rows))
-        gram = Gram(lambda: rows @ rows.T, shares, 0.0, self.seed, width=len(self.vectors[0]))
+        every = rows if self.root is None else np.vstack([rows, self.points[-1]])
+        gram = Gram(
+            compute=lambda: every @ every.T,
+            shares=shares,
+            eps=DEFAULT_EPS,
+            seed=self.seed,
+            anchors=() if self.root is None else ("root",),
+            count_signs=partial(_count_signs, rows),
+            width=len(self.vectors[0]),
+        )
         return self.rule(assume(gram, self.eps))
 
 
@@ -157,6 +176,10 @@ def best_scale(error: Callable[[float], float], low: float, high: float, budget:
         order = np.argsort(scales)
         scales, errors = scales[order], errors[order]
     return float(scales[np.argmax(errors)])
+
+
+def _count_signs(rows: Matrix, mixing: Matrix) -> Matrix:
+    return kernels.sign_counts(Block(torch.from_numpy(rows)), mixing)
 
 
 def _finite(vector: Tensor) -> Tensor:

@@ -33,7 +33,14 @@ BAD = {
     "client --server 127.0.0.1:1": ("--id",),
     "client --server 127.0.0.1:1 --id -1": ("-1",),
     "client --server 127.0.0.1:1 --id 3 --attack ipm --malicious 2": ("3", "coalition of 2"),
-    "launch": ("'launch'", "simulate", "serve", "client"),
+    "redteam krumm": ("'krumm'", "did you mean krum?", "multi_krum"),
+    "redteam nnm": ("nnm only mixes",),
+    "redteam krum --all": ("--all",),
+    "redteam krum --clients 5 --eps 0.4": ("2 f + 3 = 7", "5"),
+    "redteam krum --eps 0.7": ("0.7", "(0, 0.5)"),
+    "redteam krum --budget 10": ("10", "at least"),
+    "redteam krum --clients many": ("--clients", "'many'"),
+    "launch": ("'launch'", "simulate", "serve", "client", "redteam"),
     "": ("COMMAND",),
 }
 
@@ -80,7 +87,7 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "127.0.0.1:1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "simulate", "serve", "client"])
+@pytest.mark.parametrize("command", ["", "simulate", "serve", "client", "redteam"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])

@@ -26,14 +26,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     about = machine(options.threads)
     store = opened(about, quick=options.quick, folder=options.folder)
-    for shape in _shapes(options):
-        measure(store, shape, _chosen(cases.cases(shape), options.only), options.repetitions)
-    if not options.quick:
-        _hostile(store, options)
+    if not options.report:
+        _measure_all(store, options)
     target = options.folder / "quick.md" if options.quick else options.page
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(store, about))
     print(f"{target} written from {store.path}")
+
+
+def _measure_all(store: Store, options: argparse.Namespace) -> None:
+    for shape in _shapes(options):
+        measure(store, shape, _chosen(cases.cases(shape), options.only), options.repetitions)
+    if not options.quick:
+        _hostile(store, options)
 
 
 def _hostile(store: Store, options: argparse.Namespace) -> None:
@@ -61,6 +66,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", action="append", default=[], help="such as 100x1e6; default: all")
     parser.add_argument("--repetitions", type=int, help="default 5, with --quick 1")
     parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--report", action="store_true", help="only write the page, from what there is")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where samples are kept")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
     options = parser.parse_args(arguments)

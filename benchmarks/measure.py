@@ -40,10 +40,17 @@ class Sample:
     exact: bool
 
 
-def sample(call: Callable[[], Any]) -> Sample:
-    """Run it once."""
+def sample(call: Callable[[], Any], *, trim: bool = True) -> Sample:
+    """Run it once.
+
+    Args:
+        call: what to run.
+        trim: give freed memory back first, so that the call does not hide its needs in what an earlier
+            one left; it then pays for fresh pages, so times are better taken without.
+    """
     gc.collect()
-    _trim()
+    if trim:
+        _trim()
     exact = _forget_peak()
     before = _resident("VmRSS")
     with _Watch(enabled=not exact) as watch:
@@ -79,7 +86,6 @@ def _busy() -> float:
 
 
 def _trim() -> None:
-    """Give freed memory back, so that a call does not hide its needs in what an earlier one left."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -27,6 +27,7 @@ Written by `python -m benchmarks` (`make bench`); do not edit by hand.
     make bench                                    # everything; hours, on a machine with 24 GB
     python -m benchmarks --quick                  # two small shapes, no hostile values
     python -m benchmarks --only filter --only caf # cases whose name holds one of these
+    python -m benchmarks --report                 # only the page, from the samples that there are
 
 A run that is stopped goes on where it was: samples are kept in `build/benchmarks`, one file for each
 state of the code, the libraries and the machine. Within one process every repetition runs every case

@@ -57,7 +57,7 @@ def _once(store: Store, key: Key, case: Case, X: Tensor, repetition: int, report
         return
     prepared = case.prepare(X)
     try:
-        found = sample(lambda: case.call(prepared))
+        found = sample(lambda: case.call(prepared), trim=repetition == 0)
     except REFUSALS as refusal:
         _skip(store, key, f"refuses: {refusal}")
         return

@@ -72,9 +72,9 @@ class Store:
         return median(s.wall for s in taken) if taken else None
 
     def peak(self, key: Key) -> float | None:
-        """The largest extra memory that a call took."""
+        """The extra memory of the first run, before which all freed memory was given back."""
         taken = self.samples.get(key, {})
-        return max(s.peak for s in taken.values()) if taken else None
+        return taken[min(taken)].peak if taken else None
 
     def _append(self, key: Key, rest: Mapping[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

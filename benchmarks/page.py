@@ -45,6 +45,10 @@ serialised arrays is part of its strategies and is timed; writing them is not.
 """
 
 
+BUSY = 0.2
+"""The fraction of samples that other processes may disturb before the page says so."""
+
+
 @dataclass(frozen=True)
 class Cells:
     """A table, row by row."""
@@ -100,7 +104,14 @@ def _about(store: Store, about: Mapping[str, str]) -> str:
         if loads
         else "no samples"
     )
-    return "\n".join(f"- {line}" for line in [*lines, load]) + "\n"
+    warning = (
+        "\n**The machine was not quiet.** Kernels that work tile by tile wait for every thread at\n"
+        "every tile, so they lose more to other processes than one large call does.\n"
+        "Neither times nor ratios count.\n"
+        if busy > BUSY
+        else ""
+    )
+    return "\n".join(f"- {line}" for line in [*lines, load]) + "\n" + warning
 
 
 def _targets(store: Store) -> str:

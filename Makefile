@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format proto clean setup
+.PHONY: demo test test-slow bench lint format proto clean setup
 
 setup: $(READY)
 
@@ -22,6 +22,10 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev,bench]'
+	$(BIN)/python -m benchmarks
 
 lint: setup
 	$(BIN)/ruff check --quiet .

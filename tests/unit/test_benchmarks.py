@@ -1,0 +1,85 @@
+"""The benchmark's own machinery, on shapes that take no time; no test asks how fast anything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import page, targets
+from benchmarks.cases import Case, cases, ours
+from benchmarks.measure import Sample, sample
+from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
+from benchmarks.run import measure
+from benchmarks.store import Store
+
+SMALL = Shape(10, 2000)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_a_sample_sees_the_memory_that_a_call_takes() -> None:
+    found = sample(lambda: torch.ones(10_000_000))
+    assert found.wall > 0
+    assert 35e6 < found.peak < 80e6
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    calls: list[str] = []
+    ran = [Case(name, lambda _, name=name: calls.append(name)) for name in ("a/x", "a/y")]
+    path = tmp_path / "samples.jsonl"
+    measure(Store(path), SMALL, ran[:1], 1, report=quiet)
+    with path.open("a") as file:
+        file.write('{"shape": "cut of')
+    path.write_text(path.read_text().rsplit("\n", 1)[0] + "\n")
+    measure(Store(path), SMALL, ran, 1, report=quiet)
+    assert calls == ["a/x", "a/x", "a/y", "a/y"]
+    store = Store(path)
+    assert {key[2]: len(taken) for key, taken in store.samples.items()} == {"a/x": 2, "a/y": 2}
+
+
+def test_what_needs_too_much_memory_or_refuses_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path / "samples.jsonl")
+    greedy = Case("byzfl/nnm | mean", lambda X: X, memory=1e15)
+    refusing = next(case for case in ours(Shape(60, 50)) if case.name == "ours/smea")
+    measure(store, SMALL, [greedy], 1, report=quiet)
+    measure(store, Shape(60, 50), [refusing], 1, report=quiet)
+    assert "1000000 GB" in store.skipped[str(SMALL), PLAIN, greedy.name]
+    assert "subsets" in store.skipped[str(Shape(60, 50)), PLAIN, refusing.name]
+
+
+def test_every_target_names_cases_that_exist() -> None:
+    names = {case.name for case in cases(SMALL)}
+    peers = {"byzfl", "flower", "flower strategy"}
+    for target in [*targets.TARGETS, *targets.OVER_FLOOR]:
+        for name in [*target.over, *target.under]:
+            assert name in names or name.split("/")[0] in peers, name
+        assert target.shape in SHAPES
+
+
+@pytest.mark.parametrize("kind", [PLAIN, *KINDS])
+def test_hostile_rows_are_finite_and_a_fifth(kind: str) -> None:
+    X = make(Shape(20, 50), kind)
+    assert torch.isfinite(X).all()
+    torch.testing.assert_close(X[4:], make(Shape(20, 50))[4:])
+
+
+def test_the_page_shows_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
+    store = Store(tmp_path / "samples.jsonl")
+    target = targets.TARGETS[0]
+    for name, seconds in [(target.over[0], 1.0), (target.under[0], 2.0)]:
+        for repetition in range(2):
+            store.add(
+                (str(target.shape), PLAIN, name), repetition, Sample(seconds, 1, 0, 1e6, exact=True)
+            )
+    rule = str(HOSTILE[0]), PLAIN, "ours/filter"
+    store.add(rule, 0, Sample(1.0, 1, 0, 0, exact=True))
+    store.add((rule[0], "1e30", rule[2]), 0, Sample(3.0, 1, 0, 0, exact=True))
+    text = page.page(store, {"processor": "one"})
+    assert page.ratio(store, target) == 0.5
+    assert "| 0.50 | met |" in text
+    assert "worst 3.00, `filter` on 1e30 | **not met**" in text
+    assert "| not run |" in text

@@ -74,12 +74,16 @@ class SMEA(Weighting):
     set that looks better counts only once its own eigenvalues say so. Top eigenvalues within 1e-9 of
     each other, relatively, are ties, which go to the set that is met first.
 
-    Guarantee: kappa = 4 f / (n - 2 f) (1 + f / (n - 2 f))^2, of optimal order in every dimension: the
-    error is O(sigma sqrt eps). Breakdown point 1/2. Shares are not used (the paper has no such form);
-    no scores. Notes: the eigenvalue kept, and how many nodes and eigenproblems the search took.
+    Guarantee: ||value - mu_H||^2 <= 4 f / (n - 2 f) lambda_max(Sigma_H) for any n - f honest rows H: S
+    shares n - 2 f rows with them and is spread no more than they are (the certificate's inequality with
+    t = f / (n - f)). So kappa = O(f / n) in every dimension, and the error O(sigma sqrt eps). Breakdown
+    point 1/2. Shares are not used (the paper has no such form); no scores. Notes: the eigenvalue kept,
+    and how many nodes and eigenproblems the search took.
     Cost: n! / (f! (n - f)!) sets at worst, some 1e7 a second, which also bounds what malicious rows can
-    make of it; n = 40, f = 8 (7.7e7 sets) takes seconds on Gaussian rows in any dimension. Beyond
-    `budget` sets the rule refuses, by n and f alone, rather than let a round hang.
+    make of it: n = 40, f = 8 (7.7e7 sets) takes seconds on Gaussian rows in any dimension, with or
+    without shifted ones. Beyond `budget` sets the rule refuses, by n and f alone, rather than let a
+    round hang. Ties that rounding cannot tell apart take an eigenproblem each; beyond 3e5 of those, an
+    error says so.
     Source: Allouah, Guerraoui, Gupta, Pinot, Stephan 2023, "On the Privacy-Robustness-Utility
     Trilemma in Distributed Learning" (arXiv 2302.04787), which enumerates.
 

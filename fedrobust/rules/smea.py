@@ -28,10 +28,10 @@ _FEW = 2_000
 _TIE = 1e-9
 """Top eigenvalues that differ by less than this part of themselves are equal."""
 
-_GROWTH = 1e5
+_GROWTH = 1e8
 """By how much rounding may have grown before an inverse is formed anew."""
 
-_SLACK = 1e-9
+_SLACK = 1e-8
 """What rounding can have done by then, with a margin, to an inverse whose entries were at most 1."""
 
 _SHIFTS = np.array([0.0, 3e-6, 1e-5, 3e-5])
@@ -43,8 +43,8 @@ _BATCH = 1 << 16
 _CHECKED = 1024
 """Sets whose eigenvalues are computed together."""
 
-_PROBLEMS = 300_000
-"""The most eigenproblems in a search; only rows made for it, with ties without number, need as many."""
+_PROBLEMS = 1_000_000
+"""The most eigenproblems in a search, some 2e4 a second; rows with ties without number need as many."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,8 +82,8 @@ class SMEA(Weighting):
     Cost: n! / (f! (n - f)!) sets at worst, some 1e7 a second, which also bounds what malicious rows can
     make of it: n = 40, f = 8 (7.7e7 sets) takes seconds on Gaussian rows in any dimension, with or
     without shifted ones. Beyond `budget` sets the rule refuses, by n and f alone, rather than let a
-    round hang. Ties that rounding cannot tell apart take an eigenproblem each; beyond 3e5 of those, an
-    error says so.
+    round hang. Sets that rounding cannot tell from the best take an eigenproblem each; beyond a million
+    of those, an error says so.
     Source: Allouah, Guerraoui, Gupta, Pinot, Stephan 2023, "On the Privacy-Robustness-Utility
     Trilemma in Distributed Learning" (arXiv 2302.04787), which enumerates.
 
@@ -374,8 +374,8 @@ class _Search:
         self.problems += problems
         if self.problems > _PROBLEMS:
             raise InputError(
-                f"smea: more than {_PROBLEMS:.0e} sets are as good as the best; telling which is would "
-                f"take an eigenproblem each, of up to {math.comb(len(self.matrix), self.left):.2g} sets"
+                f"smea: {_PROBLEMS:.0e} eigenproblems do not tell the best of sets that all but tie; "
+                f"all {math.comb(len(self.matrix), self.left):.2g} sets may take one each"
             )
 
     def put(self, left: int, nodes: _Nodes) -> None:
@@ -458,10 +458,12 @@ class _Search:
             if self.twins[start + place] and (place > 0 or not len(nodes.removed)):
                 continue  # the row before, which is equal, has not been removed
             pivot = block[place, place]
-            growth = nodes.growth * np.maximum(1.0, 1 / np.maximum(np.abs(pivot), 1e-30))
             sound = np.abs(pivot) > _SLACK
-            pivot = np.where(sound, pivot, 1.0)  # the others' inverses are formed anew
+            pivot = np.where(sound, pivot, 1.0)
             row = block[place, place + 1 :]
+            # b b^T / B_ii multiplies what is wrong with B_ii by (b / B_ii)^2.
+            growth = nodes.growth * np.maximum(1.0, (np.abs(row).max(axis=0) / pivot) ** 2)
+            growth = np.where(sound, growth, np.inf)  # the others' inverses are formed anew
             above = nodes.above - (pivot < 0)
             # Where every row that goes must take an eigenvalue down, so many must be able to.
             slack = _SLACK / _GROWTH * growth

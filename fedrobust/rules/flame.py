@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.cluster.hierarchy import cophenet, linkage
-from scipy.spatial.distance import squareform
 
 from fedrobust.gram import Gram
 from fedrobust.rules.mixings import shortened
 from fedrobust.rules.rule import Composite, Mixed, Mixing, Rule, Weighting, weigh
 
-_ROUNDING = 1e-6
-"""Cosine distances of float32 rows that differ by less are equal."""
+_DIGITS = 6
+"""Decimals of a cosine distance: beyond them those of float32 rows are rounding, and make no order."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,17 +21,20 @@ class FLAME(Composite):
         admitted <- HDBSCAN of the cosine distances, min_cluster_size = n // 2 + 1, min_samples = 1
         value    <- mean over admitted of x_i min(1, median ||x|| / ||x_i||)
 
-    With these settings HDBSCAN has one cluster at most: the first one of more than half of the rows
-    that single linkage forms, which is what is computed.
+    With these settings HDBSCAN (scikit-learn's) has one cluster: the first one of more than half of
+    the rows that single linkage forms. Distances are rounded to six decimals, so that rows at equal
+    angles are all in or all out, whatever the last digit of a float32 product is. A row of zeros has
+    no direction and is at distance 1 from all.
 
     The paper's third step, Gaussian noise on the new model (its scale lambda = median length times
     sqrt(2 log(1.25 / delta)) / epsilon, where backdoors are to be drowned), is left to the server: a
     rule returns the mean. eps is not used: it takes a majority to be honest.
 
-    Guarantee: none on the distance; the value is no longer than the median row. Weighted by shares
-    among the admitted (the paper has none). Scores: how much farther than the majority reaches a row
-    joins it.
-    Source: Nguyen, Rieger, Chen et al. 2022 (arXiv 2101.02281), section 4, algorithm 1. Deviation: the
+    Guarantee: none on the distance; the value is no longer than the median row. Breakdown point 1/2 by
+    count: HDBSCAN knows no shares. Weighted by shares among the admitted (the paper has none); all
+    rows by their shares where no cluster is found or none of the admitted has a share. Scores: the
+    cosine distance to the closest admitted row, 0 for those admitted.
+    Source: Nguyen, Rieger, Chen et al. 2022 (arXiv 2101.02281), algorithm 1. Deviation: the
     paper takes cosines between local models, here between the rows as they are given, measured from
     the reference: updates. Cost: n^2 after the Gram.
     """
@@ -66,14 +67,21 @@ class CosineMajority(Weighting):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
-        if gram.n < 3:
+        if gram.n < 2:  # HDBSCAN takes no fewer
             return weigh(gram.shares)
-        distances = 1 - gram.cosines
-        np.fill_diagonal(distances, 0.0)
-        joining = cophenet(linkage(squareform(distances, checks=False), "single"))
-        reached = squareform(joining)  # (n, n) the distance at which two rows become one cluster
-        radii = np.sort(reached, axis=1)[:, gram.n // 2]
-        centre = int(np.argmin(radii))
-        late = np.maximum(reached[centre] - radii[centre], 0.0)
-        admitted = np.where(late <= _ROUNDING, gram.shares, 0.0)
-        return weigh(admitted / admitted.sum() if admitted.any() else gram.shares, late)
+        from sklearn.cluster import HDBSCAN  # noqa: PLC0415 (takes a second)
+
+        distances = np.round(np.maximum(1 - gram.cosines, 0.0), _DIGITS)
+        clusters = HDBSCAN(
+            min_cluster_size=gram.n // 2 + 1,
+            min_samples=1,
+            metric="precomputed",
+            allow_single_cluster=True,
+            copy=True,
+        )
+        admitted = clusters.fit(distances).labels_ >= 0
+        if not admitted.any():
+            return weigh(gram.shares)
+        scores = np.where(admitted, 0.0, distances[:, admitted].min(axis=1))
+        weights = np.where(admitted, gram.shares, 0.0)
+        return weigh(weights / weights.sum() if weights.any() else gram.shares, scores)

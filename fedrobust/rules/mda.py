@@ -11,7 +11,11 @@ import numpy.typing as npt
 
 from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix, Vector
+from fedrobust.rules.exact import refusal
 from fedrobust.rules.rule import Mixed, Weighting, weigh
+
+_RATE = 5e3
+"""Nodes of search a second, bookkeeping of the bisections included."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,17 +27,18 @@ class MDA(Weighting):
 
     Method: a set fits a diameter if f rows meet every pair that is farther apart: a vertex cover of
     size f, found by branching in at most 1.4656^f nodes where there are n! / (f! (n - f)!) sets.
-    Diameters are found by bisection, the farthest pair is fixed, and so on for the next distance. What
-    that can cost follows from n and f alone; beyond `budget` the rule refuses rather than let a round
-    hang.
+    Diameters are found by bisection, the farthest pair is fixed, and so on for the next distance.
 
     Guarantee: within 2 f / (n - f) of the honest rows' diameter of their mean; breakdown point 1/2.
     Shares are not used (the paper has no such form); no scores.
+    Cost: at most 1.4656^f nodes for each of 2 log2(n + 1) steps of n - f bisections, some 5e3 nodes a
+    second; n = 40, f = 8 takes hundreds of nodes of the 7e3 possible. Beyond `budget` nodes the rule
+    refuses, by n and f alone, rather than let a round hang.
     Source: Rousseeuw 1985; El Mhamdi, Farhadkhani, Guerraoui, Guirguis, Hoang, Rouault 2021,
-    "Collaborative Learning in the Jungle" (arXiv 2008.00742), section 4.
+    "Collaborative Learning in the Jungle" (arXiv 2008.00742).
 
     Attributes:
-        budget: the most nodes that may have to be searched; a million take a minute at worst.
+        budget: the most nodes that may have to be searched.
     """
 
     name = "mda"
@@ -46,11 +51,9 @@ class MDA(Weighting):
     def __call__(self, gram: Gram) -> Mixed:
         """Choose n - f rows."""
         n, f = gram.n, gram.f
-        estimate = 1.4656**f * (n - f) * 2 * math.log2(n + 1)
-        self.require(
-            f == 0 or estimate <= self.budget,
-            f"{n} clients with f = {f} may take {estimate:.1g} nodes of search, more than its budget",
-        )
+        nodes = 1.4656**f * (n - f) * 2 * math.log2(n + 1)
+        within = f == 0 or nodes <= self.budget
+        self.require(within, refusal(n, f, nodes, "nodes of search", _RATE, self.budget))
         kept = _closest(gram.squared_distances, f)
         weights = np.zeros(n)
         weights[kept] = 1 / len(kept)

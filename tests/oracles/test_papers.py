@@ -12,8 +12,10 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.cluster import HDBSCAN, MeanShift, estimate_bandwidth
 
-from fedrobust import InputError, aggregate
+from fedrobust import MDA, SMEA, InputError, aggregate
+from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix, Vector
+from fedrobust.rules import mda as mda_rule
 from fedrobust.verdict import ALARMING, VISIBLE
 
 SHAPES = [(9, 4, 2), (12, 40, 3), (15, 1, 3), (16, 7, 3), (20, 6, 0)]
@@ -32,6 +34,10 @@ def square(x: Vector) -> float:
 
 def mean(X: Matrix) -> Vector:
     return np.asarray(sum(X) / len(X))
+
+
+def as_gram(X: Matrix, f: int) -> Gram:
+    return Gram(lambda: X @ X.T, np.full(len(X), 1 / len(X)), f / len(X))
 
 
 # Transcriptions: (X, f) -> the aggregate -------------------------------------------------------------
@@ -417,6 +423,35 @@ def test_flame_admits_whom_hdbscan_does(n: int, d: int, seed: int) -> None:
     np.testing.assert_array_equal(weights > 0, labels >= 0)
 
 
+@pytest.mark.parametrize(
+    ("X", "admitted"),
+    [
+        (np.ones((10, 3)), range(10)),
+        (np.zeros((9, 3)), range(9)),
+        (np.array([[1.0, 2.0]]), [0]),
+        (np.array([[1.0, 2.0], [-3.0, 1.0]]), [0, 1]),
+        (np.array([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]]), [0, 1]),
+        (np.array([[2.0], [1.0], [3.0], [-5.0]]), [0, 1, 2]),
+        (np.repeat([[1.0, 0.0], [0.0, 1.0]], [6, 4], axis=0), range(6)),
+        (np.repeat([[1.0, 0.0], [0.0, 1.0]], 5, axis=0), range(10)),  # no majority: all or nothing
+        (np.concatenate([np.zeros((4, 3)), 1 + np.eye(7, 3) / 9]), range(4, 11)),
+        (np.concatenate([np.full((4, 3), -1e30), 1 + np.eye(7, 3) / 9]), range(4, 11)),
+        # Rows along one line, of any length: the last digit of a float32 cosine admits or refuses none.
+        (np.outer(np.linspace(1, 9, 11), [0.3, 0.7, 0.1]).astype(np.float32), range(11)),
+    ],
+)
+def test_flame_with_ties_zeros_and_few_rows(X: Matrix, admitted: Any) -> None:
+    result = aggregate(X, "flame")
+    assert result.weights is not None
+    outside = np.setdiff1d(np.arange(len(X)), admitted)
+    assert not result.weights[outside].any()
+    if X.any():
+        assert (result.weights[list(admitted)] > 0).all()
+    if result.scores is not None:
+        assert not result.scores[list(admitted)].any()
+        assert (result.scores[outside] > 0).all()
+
+
 @pytest.mark.parametrize("rule", ["mda", "smea"])
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("d", [1, 2, 30])
@@ -427,9 +462,66 @@ def test_branch_and_bound_finds_what_enumeration_finds(rule: str, seed: int, d: 
     np.testing.assert_allclose(found, {"mda": mda, "smea": smea}[rule](X, 4), atol=1e-9)
 
 
-def test_mda_of_forty_with_eight_malicious_takes_no_time() -> None:
-    X = rows(40, 100, 8)
-    np.testing.assert_allclose(aggregate(X, "mda", eps=0.2).value, X[8:].mean(0))
+@pytest.mark.parametrize("kind", ["normal", "equal rows", "long row", "signs", "one dimension"])
+@pytest.mark.parametrize("seed", range(4))
+def test_smea_searches_as_it_enumerates(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few sets are enumerated; here the search has to find what is the least among them."""
+    rng = np.random.default_rng(seed)
+    X = {
+        "normal": rng.normal(size=(12, 40)),
+        "equal rows": np.repeat(rng.normal(size=(6, 40)), 2, axis=0),
+        "long row": rng.normal(size=(12, 40)) * np.where(np.arange(12) < 1, 1e15, 1.0)[:, None],
+        "signs": rng.choice([-1.0, 1.0], size=(12, 5)),
+        "one dimension": rng.normal(size=(12, 1)),
+    }[kind]
+    enumerated = SMEA()(as_gram(X, 4))
+    assert enumerated.notes["search_nodes"] == 0
+    monkeypatch.setattr("fedrobust.rules.smea._FEW", 0)
+    searched = SMEA()(as_gram(X, 4))
+    least = enumerated.notes["kept_eigenvalue"]
+    assert searched.notes["kept_eigenvalue"] == pytest.approx(least, rel=1e-8)
+    if kind in {"normal", "one dimension"}:  # elsewhere sets tie
+        np.testing.assert_allclose(searched.matrix, enumerated.matrix)
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "problems"), [("flat", 2e5, 5e3), ("shifted", 8e5, 1e4), ("orthonormal", 1, 1e3)]
+)
+def test_smea_of_forty_with_eight_malicious_is_searched_whatever_they_send(
+    kind: str, nodes: float, problems: float
+) -> None:
+    X = np.random.default_rng(1).normal(size=(40, 1000))
+    X[:8] += 0.2 if kind == "shifted" else 0.0
+    gram = as_gram(np.eye(40) if kind == "orthonormal" else X, 8)
+    found = SMEA()(gram)
+    assert found.notes["search_nodes"] <= nodes
+    assert found.notes["search_eigenproblems"] <= problems
+    kept = np.flatnonzero(found.matrix[0])
+    assert len(kept) == 32
+    for out, row in itertools.product(np.setdiff1d(np.arange(40), kept), range(32)):  # no swap is better
+        weights = np.zeros(40)
+        weights[[*np.delete(kept, row), out]] = 1 / 32
+        assert gram.top_eigenvalue(weights) >= found.notes["kept_eigenvalue"] * (1 - 1e-8)
+
+
+def test_smea_gives_up_on_ties_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedrobust.rules.smea._PROBLEMS", 10)
+    with pytest.raises(InputError, match="eigenproblems do not tell the best"):
+        SMEA()(as_gram(rows(40, 100, 0), 8))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.2, 4.0])
+def test_mda_of_forty_with_eight_malicious_takes_few_nodes(
+    shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X = np.random.default_rng(0).normal(size=(40, 1000))
+    X[:8] += shift
+    calls: list[int] = []
+    monkeypatch.setattr(mda_rule, "_cover", lambda *a, real=mda_rule._cover: calls.append(1) or real(*a))
+    weights = MDA()(as_gram(X, 8)).matrix[0]
+    assert np.count_nonzero(weights) == 32
+    assert len(calls) < 1000
+    assert shift < 4 or not weights[:8].any()
 
 
 @pytest.mark.parametrize(("n", "d", "f"), SHAPES)

@@ -21,8 +21,6 @@ THREADS = 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is lacking, then write the page."""
     options = _options(arguments)
-    # Worker threads take the mode over when they start, so it comes before any parallel work.
-    torch.set_flush_denormal(True)
     torch.set_num_threads(options.threads)
     about = machine(options.threads)
     store = opened(about, quick=options.quick, folder=options.folder)

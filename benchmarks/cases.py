@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +14,13 @@ from torch import Tensor
 import fedrobust
 from benchmarks import peers
 from benchmarks.rounds import Shape
-from fedrobust import CATALOG, kernels
+from fedrobust import CATALOG, RunningAggregate, kernels, reducers
 from fedrobust.errors import InputError
 from fedrobust.rules import Mixing
 
 READ, WEIGHTED_SUM, PRODUCT, COPY, SQUARE = "read", "w @ X", "X @ X.T", "copy", "square product"
-GRAM, GRAM_REFERENCE, MIX, SORT, NORMS = "gram", "gram, reference", "mix", "sorted reduce", "norms"
+GRAM, GRAM_REFERENCE, GRAM_BFLOAT16 = "gram", "gram, reference", "gram, bfloat16"
+MIX, SORT, NORMS, PRODUCTS = "mix", "sorted reduce", "norms", "product with one vector"
 BARE = "without certificate"
 EDGE = 4096  # of the square matrices whose product shows the processor's limit
 
@@ -58,13 +58,14 @@ def floors(shape: Shape) -> Iterator[Case]:
 
 def kernel_cases(shape: Shape) -> Iterator[Case]:
     """The functions that touch all coordinates, one at a time."""
-    norms = np.full(shape.n, np.sqrt(shape.d))
     w = np.full((1, shape.n), 1 / shape.n)
     reference = torch.full((shape.d,), 0.01)
-    ranks = np.full(shape.n, 1 / shape.n)
-    reducer = partial(kernels.rank_mean, weights=ranks)
-    yield Case(f"kernel/{GRAM}", lambda X: kernels.gram(kernels.Block(X), norms))
-    yield Case(f"kernel/{GRAM_REFERENCE}", lambda X: kernels.gram(kernels.Block(X, reference), norms))
+    norms = np.full(shape.n, np.sqrt(shape.d))
+    reducer = partial(reducers.rank_mean, low=shape.f, high=shape.n - shape.f)
+    yield Case(f"kernel/{GRAM}", lambda X: kernels.gram(kernels.Block(X)))
+    yield Case(f"kernel/{GRAM_REFERENCE}", lambda X: kernels.gram(kernels.Block(X, reference)))
+    yield Case(f"kernel/{GRAM_BFLOAT16}", lambda X: kernels.gram(kernels.Block(X), bfloat16=True))
+    yield Case(f"kernel/{PRODUCTS}", lambda X: kernels.products(kernels.Block(X), w.T, norms))
     yield Case(f"kernel/{MIX}", lambda X: kernels.mix_and_reduce(kernels.Block(X), w, None))
     yield Case(f"kernel/{SORT}", lambda X: kernels.mix_and_reduce(kernels.Block(X), None, reducer))
     yield Case(f"kernel/{NORMS}", lambda X: kernels.squared_norms(kernels.Block(X)))
@@ -90,21 +91,50 @@ def weightings() -> list[str]:
     return [rule for rule in rules() if rule.split(" | ")[-1] not in COORDINATE_WISE]
 
 
-def can_skip_certificate() -> bool:
-    """Whether this version can leave the certificate out."""
-    return "certify" in inspect.signature(fedrobust.aggregate).parameters
-
-
 def ours(shape: Shape, *, bare: bool = True) -> Iterator[Case]:
-    """Every rule; and again without the certificate, where the version can leave it out."""
-    options: dict[str, Any] = {"certify": False}
+    """Every rule; and again without the certificate."""
     for rule in rules():
         call = partial(_aggregate, rule=rule, eps=shape.f / shape.n)
         yield Case(f"ours/{rule}", call, _with_root if rule == "fltrust" else lambda X: X)
-        if bare and can_skip_certificate() and rule in weightings():
-            plain = partial(call, **options)
+        if bare and rule in weightings():
+            plain = partial(call, certified=False)
             prepare = _with_root if rule == "fltrust" else lambda X: X
             yield Case(f"ours {BARE}/{rule}", plain, prepare)
+
+
+LAST_ROW, LAST_PIECE = "filter after the last row", "filter after the last 2 MiB"
+PIECE = 1 << 19
+
+
+def arrival(shape: Shape) -> Iterator[Case]:
+    """From the last update to the result, where all others have arrived before."""
+    size = float(shape.bytes)
+    yield Case(f"arrival/{LAST_ROW}", partial(_finish, eps=shape.f / shape.n), _all_but(0), memory=size)
+    if shape.d > PIECE:
+        held = _all_but(shape.d - PIECE)
+        yield Case(f"arrival/{LAST_PIECE}", partial(_finish, eps=shape.f / shape.n), held, memory=size)
+
+
+Arrived = tuple[RunningAggregate, int, int, Tensor]
+"""What is there, the last row, how much of it is there, and the rest."""
+
+
+def _all_but(start: int) -> Callable[[Tensor], Arrived]:
+    def prepare(X: Tensor) -> Arrived:
+        running = RunningAggregate(*X.shape)
+        running.extend(X[:-1])
+        row = running.begin()
+        if start:
+            running.write(row, 0, X[-1, :start])
+        return running, row, start, X[-1, start:]
+
+    return prepare
+
+
+def _finish(arrived: Arrived, eps: float) -> Any:  # noqa: ANN401
+    running, row, start, rest = arrived
+    running.write(row, start, rest)
+    return running.result("filter", eps)
 
 
 def _with_root(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,6 +232,7 @@ def cases(shape: Shape) -> list[Case]:
         *floors(shape),
         *kernel_cases(shape),
         *ours(shape),
+        *arrival(shape),
         *byzfl(shape),
         *flower(shape),
     ]

@@ -35,10 +35,8 @@ once, in an order that rotates. Times are medians; ratios are ratios of medians 
 asterisk marks a single run without warm-up: a case that takes more than ten seconds is not repeated.
 Extra memory is the largest resident size during a call less that before it{sampled}.
 
-Rows are standard Gaussian float32; a fifth of them, shifted by 0.05, count as malicious. Subnormal
-numbers are flushed to zero (`torch.set_flush_denormal(True)` before the first parallel region), as our
-server does; a program that embeds the library must do so itself. ByzFL gets torch tensors, Flower numpy
-arrays in ten layers; both sides have the same f, steps and radius, but for the filter, whose peer is
+Rows are standard Gaussian float32; a fifth of them, shifted by 0.05, count as malicious. ByzFL gets
+torch tensors, Flower numpy arrays in ten layers; both sides have the same f, steps and radius, but for the filter, whose peer is
 ByzFL's CAF, for centred clipping where none is named (ByzFL's radius is 100, ours is read off the
 rows), and for Krum, where ByzFL sums over one neighbour more (docs/peers.md). Reading Flower's
 serialised arrays is part of its strategies and is timed; writing them is not.
@@ -260,6 +258,8 @@ def work(shape: Shape) -> dict[str, tuple[str, float, str, float]]:
         f"floor/{cases.PRODUCT}": ("4nd", 4 * n * d, "2n^2 d", 2 * n * n * d),
         f"kernel/{cases.NORMS}": ("4nd", 4 * n * d, "2nd", 2 * n * d),
         f"kernel/{cases.GRAM}": ("4nd", 4 * n * d, "2n^2 d", 2 * n * n * d),
+        f"kernel/{cases.GRAM_BFLOAT16}": ("4nd", 4 * n * d, "2n^2 d", 2 * n * n * d),
+        f"kernel/{cases.PRODUCTS}": ("4nd", 4 * n * d, "4nd", 4 * n * d),
         f"kernel/{cases.GRAM_REFERENCE}": (
             "4nd + 4d",
             4 * n * d + 4 * d,

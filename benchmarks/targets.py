@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.cases import GRAM, GRAM_REFERENCE, PRODUCT, WEIGHTED_SUM, weightings
+from benchmarks.cases import (
+    BARE,
+    GRAM,
+    GRAM_REFERENCE,
+    LAST_PIECE,
+    LAST_ROW,
+    PRODUCT,
+    WEIGHTED_SUM,
+    weightings,
+)
 from benchmarks.rounds import Shape
 
 ROW_FLOATS = 2
@@ -77,13 +86,24 @@ TARGETS: list[Target] = [
     _faster("byzfl", "median", _MIDDLE, 14),
     _faster("byzfl", "trimmed_mean", _MIDDLE, 14),
     _faster("byzfl", "meamed", _MIDDLE, 12),
-    _faster("byzfl", "monna(index=0)", _MANY, 10),
-    _faster("byzfl", GEOMETRIC, _MANY, 10),
-    _faster("byzfl", "centered_clipping", _MANY, 10),
+    *(
+        Target(
+            f"`{rule}` {BARE} against byzfl",
+            _MANY,
+            (f"byzfl/{rule}",),
+            (f"ours {BARE}/{rule}",),
+            10,
+        )
+        for rule in ["monna(index=0)", GEOMETRIC, "centered_clipping"]
+    ),
     _faster("flower", "median", _MIDDLE, 10),
     _faster("flower", "trimmed_mean", _MIDDLE, 10),
     _faster("flower strategy", "multi_krum", _MIDDLE, 8),
     _faster("flower", "multi_krum", _MIDDLE, 30),
+    *(
+        Target(f"`{case}` against anew", shape, ("ours/filter",), (f"arrival/{case}",), limit)
+        for case, shape, limit in [(LAST_ROW, _MIDDLE, 2.7), (LAST_PIECE, _LONG, 5)]
+    ),
 ]
 OVER_FLOOR: list[Target] = [
     Target(

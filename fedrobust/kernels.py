@@ -36,12 +36,13 @@ Reducer = Callable[[Tensor], Tensor]
 
 T = TypeVar("T")
 
-# Products are bound by the packing of their operands, so their tiles are wide. A tile that has to be
-# copied first is kept to 16 MB.
+# Products are bound by the packing of their operands, so their tiles are wide; unless the tile is a
+# copy, or read twice, and should still be in the cache then.
 _WIDE = 1 << 16
-_COPIED_ELEMENTS = 1 << 22
+_COPIED_ELEMENTS = 1 << 20
+_REREAD_ELEMENTS = 1 << 19
 # Sorting works on transposed copies that fit the second-level cache beside their source.
-_SORT_COLUMNS = 1024
+_SORTED_ELEMENTS = 1 << 18
 # What is not worth a thread.
 _SMALL_ELEMENTS = 1 << 16
 # Squared norms beyond this may overflow float32 products, below its inverse they may underflow.
@@ -188,9 +189,13 @@ def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
     def multiply(part: Tensor) -> Tensor:
         if shrink is not None:  # a factor of 1e-60 is no float32
             part = (part.double() * shrink).to(part.dtype)
-        return (part @ (part.T @ weights.to(part))).double()
+        columns = weights.to(part)
+        if columns.shape[1] == 1:
+            return torch.mv(part, torch.mv(part.T, columns[:, 0]))[:, None].double()
+        return (part @ (part.T @ columns)).double()
 
-    return np.asarray(_total(block, multiply) * sizes * largest)
+    width = min(_width(block), max(512, _REREAD_ELEMENTS // block.n))
+    return np.asarray(_total(block, multiply, width) * sizes * largest)
 
 
 def sign_counts(block: Block, matrix: Matrix) -> Matrix:
@@ -238,7 +243,8 @@ def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None)
             value = value + block.reference[columns].to(value)
         result[columns] = value
 
-    width = _width(block) if reducer is None else _SORT_COLUMNS
+    width = min(4096, max(512, _SORTED_ELEMENTS // block.n))
+    width = _width(block) if reducer is None else width
 
     def stretch(columns: slice) -> None:
         for tile in _tiles(columns, width):
@@ -286,11 +292,12 @@ def _tiles(stretch: slice, width: int) -> Iterator[slice]:
         yield slice(start, min(start + width, stretch.stop))
 
 
-def _total(block: Block, part: Callable[[Tensor], Tensor]) -> Matrix:
-    """The float64 sum over all tiles of what `part` makes of each."""
+def _total(block: Block, part: Callable[[Tensor], Tensor], width: int | None = None) -> Matrix:
+    """The float64 sum over all tiles, of a width, of what `part` makes of each."""
+    wide = width or _width(block)
 
     def total(stretch: slice) -> Tensor:
-        first, *others = _tiles(stretch, _width(block))
+        first, *others = _tiles(stretch, wide)
         found = part(block.tile(first))
         for columns in others:
             found += part(block.tile(columns))

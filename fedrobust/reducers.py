@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from fedrobust.kernels import Matrix, Vector
@@ -19,21 +20,21 @@ from fedrobust.kernels import Matrix, Vector
 
 def rank_mean(tile: Tensor, low: int, high: int) -> Tensor:
     """(c,) means of the values of ranks low .. high - 1 in each column, the smallest of rank 0."""
-    return torch.from_numpy(_sorted(tile)[:, low:high].mean(axis=1)).to(tile.device)
+    return _means(_sorted(tile)[:, low:high], tile)
 
 
 def window_mean(tile: Tensor, keep: int) -> Tensor:
     """(c,) means of the `keep` values of each column that are nearest to its median.
 
-    They are neighbours in sorted order: the window whose farther end is nearest to the median, the
-    lower one where two are alike.
+    They are neighbours in sorted order: from the lowest `keep` on, the lowest value is given up for the
+    next higher one as long as that is nearer.
     """
     columns = _sorted(tile)
-    k = columns.shape[1]
-    median = columns[:, (k - 1) // 2 : k // 2 + 1].mean(axis=1, keepdims=True)
-    reach = np.maximum(median - columns[:, : k - keep + 1], columns[:, keep - 1 :] - median)
-    kept = np.argmin(reach, axis=1)[:, None] + np.arange(keep)
-    return torch.from_numpy(np.take_along_axis(columns, kept, axis=1).mean(axis=1)).to(tile.device)
+    c, k = columns.shape
+    median = columns[:, (k - 1) // 2 : k // 2 + 1].mean(axis=1, dtype=np.float64, keepdims=True)
+    start = (median - columns[:, : k - keep] > columns[:, keep:] - median).sum(axis=1)
+    kept = sliding_window_view(columns, keep, axis=1)[np.arange(c), start]
+    return _means(kept, tile)
 
 
 def sign_vote(tile: Tensor, shares: Vector) -> Tensor:
@@ -69,3 +70,11 @@ def _sorted(tile: Tensor) -> npt.NDArray[Any]:
     columns = np.array(tile.cpu().numpy().T, order="C")  # a copy: the tile may be the caller's rows
     columns.sort(axis=1)
     return columns
+
+
+def _means(values: npt.NDArray[Any], tile: Tensor) -> Tensor:
+    """(c,) means of the rows of (c, m) values."""
+    # Divided before they are added: the sum of huge values may be no float32. einsum is several times
+    # faster than mean along short rows, and starts no threads, as a matrix product would.
+    parts = np.full(values.shape[1], 1 / values.shape[1], dtype=values.dtype)
+    return torch.from_numpy(np.einsum("ij,j->i", values, parts)).to(tile.device)

@@ -175,7 +175,7 @@ def _guarantee(
     ends: Mapping[type[Rule], Stated],
     mixings: Mapping[type[Rule], Callable[[Rule, int, int, Inner], Guarantee | None]],
 ) -> Guarantee | None:
-    if not 0 <= 2 * f < n or not rule.rules:
+    if not 0 <= 2 * f < n or isinstance(rule.eps, str):
         return None
     if rule.eps is not None and most_malicious(np.full(n, 1 / n), rule.eps) != f:
         return None  # the rule assumes another number of malicious clients

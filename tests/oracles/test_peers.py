@@ -36,7 +36,6 @@ SHAPES = [(10, 30, 2), (15, 7, 3), (23, 200, 5), (40, 50, 9)]
 ATTACKS = [None, "ipm", "alie(3)", "sign_flip", "gaussian", "min_max"]
 # These malicious rows are all alike. `min_max` also puts them exactly as far away as an honest row is,
 # a tie that float32 decides by chance.
-EQUAL = ["ipm", "alie(3)", "min_max"]
 CONTAINERS: dict[str, Callable[[Rows], Any]] = {
     "numpy float32": lambda X: X.astype(np.float32),
     "numpy float64": lambda X: X.astype(np.float64),
@@ -122,30 +121,19 @@ BYZFL: dict[str, Peer] = {
 @pytest.mark.parametrize(("n", "d", "f"), SHAPES)
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_as_byzfl(rule: str, n: int, d: int, f: int, container: str) -> None:
-    ties = rule.startswith("meamed"), "nnm" in rule and container != "numpy float64"
+    ties = "nnm" in rule and container != "numpy float64"
     for seed, attack in enumerate(ATTACKS):
-        if (ties[0] and attack in EQUAL) or (ties[1] and attack == "min_max"):
+        if ties and attack == "min_max":
             continue
         X = CONTAINERS[container](rows(n, d, f, attack, seed))
         expected = BYZFL[rule](X, f)
         assert distance(ours(X, rule.format(fewer=n - f - 1), f), expected, X) < 1e-5
 
 
-@pytest.mark.xfail(
-    strict=True, reason="among equal values `window_mean` takes the first of many windows"
-)
-@pytest.mark.parametrize("attack", EQUAL)
-def test_as_byzfls_meamed_among_equal_values(attack: str) -> None:
-    for seed in range(6):
-        X = rows(15, 7, 3, attack, seed).astype(float)
-        assert distance(ours(X, "meamed", 3), B.Meamed(3)(X), X) < 1e-9
-
-
 @pytest.mark.parametrize("nu", [0.6, 0.7, 0.8])
 def test_as_byzfl_where_smoothing_decides(nu: float) -> None:
     X = rows(15, 7, 3, "sign_flip").astype(float)
-    pairs = np.linalg.norm(X[:, None] - X[None, :], axis=2)
-    unit = float(np.sqrt(np.median(np.median(pairs**2, axis=1))))
+    unit = float(np.median(np.linalg.norm(X - X.mean(0), axis=1)))
     value = ours(X, f"geometric_median(steps=1, nu={nu})", 3)
     assert distance(value, weiszfeld(X, nu * unit, 1), X) < 1e-9
 
@@ -258,9 +246,9 @@ def test_as_flowers_strategies(rule: str, n: int, d: int, f: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "d", "f"), [(15, 7, 3), (23, 200, 5), (40, 50, 9)])
-@pytest.mark.parametrize("attack", [None, "sign_flip", "gaussian"])
+@pytest.mark.parametrize("attack", [attack for attack in ATTACKS if attack != "ipm"])
 def test_as_flowers_bulyan(n: int, d: int, f: int, attack: str | None) -> None:
-    """With f < 3 Krum ends among rows of one neighbour each, where pairs tie: Flower takes the first."""
+    """With f < 3, or under ipm, Krum ends among rows that tie, of which Flower takes the first."""
     for seed, dtype in itertools.product(range(3), [np.float32, np.float64]):
         X = rows(n, d, f, attack, seed).astype(dtype)
         peer = peers.flat(F.aggregate_bulyan(legacy(X), f, F.aggregate_krum, to_keep=0))

@@ -9,6 +9,7 @@ from itertools import combinations, islice
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import eigh
 
 from fedrobust.errors import InputError
 from fedrobust.gram import Gram
@@ -179,6 +180,14 @@ def _tops(matrix: Matrix, sets: Rows) -> Vector:
     return np.concatenate([np.linalg.eigvalsh(part)[:, -1] for part in parts])
 
 
+def _spectra(matrices: Matrix) -> tuple[Matrix, Matrix]:
+    """(c, k) eigenvalues of each of c symmetric matrices, ascending, and (c, k, k) eigenvectors."""
+    # Not numpy's eigh: its divide and conquer lets threads meet at each of many tiny products, which
+    # takes ten times as long as soon as another process is busy on one of the cores.
+    pairs = [eigh(matrix, driver="evr", check_finite=False) for matrix in matrices]
+    return np.stack([values for values, _ in pairs]), np.stack([vectors for _, vectors in pairs])
+
+
 def _least(matrix: Matrix, sets: Rows) -> _Found:
     """The first of the sets whose top eigenvalue is the smallest."""
     tops = _tops(matrix, sets)
@@ -190,8 +199,8 @@ def _greedy(matrix: Matrix, f: int) -> _Found:
     """Without the f rows that stand out, one after another, along the top direction of those left."""
     kept = np.arange(len(matrix))
     for _ in range(f):
-        vectors = np.linalg.eigh(_scatter(matrix, kept[None])[0])[1]
-        kept = np.delete(kept, int(np.argmax(np.abs(vectors[:, -1]))))
+        vectors = _spectra(_scatter(matrix, kept[None]))[1]
+        kept = np.delete(kept, int(np.argmax(np.abs(vectors[0, :, -1]))))
     return _least(matrix, kept[None])
 
 
@@ -259,7 +268,7 @@ def _inverse(scatters: Matrix, threshold: float) -> tuple[Matrix, Rows, Rows]:
         scatters: (c, k, k) scatters C of k rows each.
         threshold: positive.
     """
-    values, vectors = np.linalg.eigh(scatters)
+    values, vectors = _spectra(scatters)
     count = values.shape[1]
     # Rows in many dimensions have a spectrum so flat that only differences in it mean anything.
     spread = np.maximum(threshold - np.median(values, axis=1), 1e-6 * threshold)[:, None]

@@ -291,10 +291,13 @@ class Gram:
             guess = root * near[support]
             # Some noise, for a guess that is an eigenvector would never lead to a larger one.
             start = guess / np.linalg.norm(guess) + 0.01 * start / np.linalg.norm(start)
-        values, vectors, settled = lanczos(apply, start, min(_LANCZOS_STEPS, len(support)))
+        values, images, settled = lanczos(apply, start, min(_LANCZOS_STEPS, len(support)))
         if not settled and self.n <= LARGEST_MATRIX:
             return self.spectrum(weights)
-        return _projections(values, vectors, weights)
+        # With u a unit vector and lambda = u^T B u, v = X_c^T sqrt(w) u / sqrt(lambda) is one, too, and
+        # these are the rows' projections on it, whether or not u is an eigenvector already.
+        lengths = np.sqrt(np.where(values > 0, values, 1.0))
+        return values, images / lengths[None, :] / root[:, None]
 
     def through(self, matrix: Matrix, shares: Vector, eps: float) -> Gram:
         """The Gram matrix of the mixed rows M X, with their own shares and malicious mass.
@@ -343,7 +346,7 @@ def most_malicious(shares: Vector, eps: float) -> int:
 
 
 def lanczos(apply: Callable[[Vector], Vector], start: Vector, steps: int) -> tuple[Vector, Matrix, bool]:
-    """Ritz values of a symmetric positive matrix, largest first, their (m, k) unit vectors, k <= steps.
+    """Ritz values of a symmetric positive B, largest first, and (m, k) B u of their unit vectors u.
 
     Args:
         apply: the matrix times a vector.
@@ -354,13 +357,13 @@ def lanczos(apply: Callable[[Vector], Vector], start: Vector, steps: int) -> tup
         Also whether the first value is settled: within a hundredth of an eigenvalue, as a rule much
         nearer. Stops as soon as it is.
     """
-    basis = np.zeros((steps, len(start)))
+    basis, images = np.zeros((steps, len(start))), np.zeros((steps, len(start)))
     diagonal, beside = np.zeros(steps), np.zeros(steps)
     vector, settled, done = start / np.linalg.norm(start), False, 0
     values, coordinates = np.zeros(1), np.ones((1, 1))
     for step in range(steps):
         basis[step] = vector
-        image = apply(vector)
+        image = images[step] = apply(vector)
         diagonal[step] = vector @ image
         for _ in range(2):  # twice is enough (Kahan and Parlett)
             image = image - basis[: step + 1].T @ (basis[: step + 1] @ image)
@@ -373,8 +376,7 @@ def lanczos(apply: Callable[[Vector], Vector], start: Vector, steps: int) -> tup
             if settled or beside[step] <= 1e-12 * max(values[-1], 0.0):
                 break
         vector = image / (beside[step] or 1.0)
-    vectors = basis[:done].T @ coordinates[:, ::-1]
-    return np.maximum(values[::-1], 0.0), vectors, bool(settled)
+    return np.maximum(values[::-1], 0.0), images[:done].T @ coordinates[:, ::-1], bool(settled)
 
 
 def _projections(values: Vector, vectors: Matrix, weights: Vector) -> tuple[Vector, Matrix]:

@@ -136,13 +136,7 @@ def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
     def multiply(part: Tensor) -> Tensor:
         found = (part @ part.T).double()
         wild = _wild(found.diagonal())
-        if len(wild):
-            # Their entries again, by way of rows whose largest value is about 1.
-            rows, back = _near_one(part[wild])
-            found[wild] = (rows @ part.T).double() * back
-            found[:, wild] = found[wild].T
-            found[wild[:, None], wild] = (rows @ rows.T).double() * back * back.T
-        return found
+        return _mended(found, part, wild) if len(wild) else found
 
     with _bfloat16() if bfloat16 else nullcontext():
         total = _total(block, multiply)
@@ -160,7 +154,7 @@ def cross(block: Block, fresh: slice) -> Matrix:
         found = _against(part, new).double()
         wild = _wild(found[fresh].diagonal())
         if len(wild):
-            near, back = _near_one(new[wild])
+            wild, near, back = _near_one(new, wild)
             found[:, wild] = _against(part, near).double() * back.T
         if not (finite := torch.isfinite(found).all(dim=1)).all():  # rows that came earlier are wild
             exact = torch.nonzero(~finite).flatten()
@@ -207,14 +201,19 @@ def sign_counts(block: Block, matrix: Matrix) -> Matrix:
     """
     # A row at another length has the same signs: no product is needed to count them.
     scaled = bool(((matrix > 0).sum(axis=1) == 1).all() and (matrix >= 0).all())
+    rows = matrix.argmax(axis=1)
+    own = scaled and np.array_equal(rows, np.arange(block.n))
 
     def count(part: Tensor) -> Tensor:
-        part = part[matrix.argmax(axis=1)] if scaled else torch.from_numpy(matrix).to(part) @ part
-        counts = [torch.count_nonzero(part > 0, dim=1), torch.count_nonzero(part < 0, dim=1)]
-        positive, negative = counts
-        return torch.stack([positive, part.shape[1] - positive - negative, negative], dim=1).double()
+        if not own:
+            part = part[rows] if scaled else torch.from_numpy(matrix).to(part) @ part
+        values = part.cpu().numpy()  # counts truths several times faster than torch
+        positive, negative = (np.count_nonzero(sign, axis=1) for sign in (values > 0, values < 0))
+        counts = [positive, values.shape[1] - positive - negative, negative]
+        return torch.from_numpy(np.stack(counts, axis=1).astype(np.float64))
 
-    return _total(block, count)
+    width = max(512, _REREAD_ELEMENTS // len(matrix))
+    return _total(block, count, width)
 
 
 def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None) -> Tensor:
@@ -269,12 +268,39 @@ def _wild(squares: Tensor) -> Tensor:
     return torch.nonzero(~safe).flatten()
 
 
-def _near_one(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows divided by powers of two that bring their largest value near 1; (k, 1) those powers."""
+def _mended(found: Tensor, part: Tensor, wild: Tensor) -> Tensor:
+    """Inner products of a tile's rows, those of the wild ones by way of rows brought near 1."""
+    tame = torch.ones(len(part), dtype=torch.bool, device=part.device).index_fill(0, wild, value=False)
+    ordinary = torch.nonzero(tame).flatten()
+    wild, rows, back = _near_one(part, wild)
+    among = (rows @ rows.T).double() * back * back.T
+    found[wild[:, None], wild] = among
+    if len(ordinary):
+        # With an ordinary row most are still within range, and that product stands.
+        lengths, others = among.diagonal().sqrt(), found.diagonal()[ordinary].sqrt()
+        far = (lengths * others.max() > 2.0**120) | (lengths * others.min() < 2.0**-100)
+        if far.any():
+            beside = (rows[far] @ part[ordinary].T).double() * back[far]
+            found[wild[far][:, None], ordinary] = beside
+            found[ordinary[:, None], wild[far]] = beside.T
+    return found
+
+
+def _near_one(part: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the chosen rows are not zero, those rows over powers of two, and (k, 1) the powers.
+
+    Their largest values are then near 1.
+    """
+    rows = part[chosen]
     largest = rows.abs().amax(dim=1, keepdim=True).double()
-    ordinary = (largest > 0) & torch.isfinite(largest)
-    back = torch.exp2(torch.floor(torch.log2(torch.where(ordinary, largest, 1.0))))
-    return (rows.double() / back).to(rows.dtype), back
+    # As far as it goes without a power, or its inverse, that is subnormal.
+    least = float(torch.finfo(part.dtype).tiny)
+    some = ~(largest <= 0).flatten()
+    if not some.all():
+        chosen, rows, largest = chosen[some], rows[some], largest[some]
+    finite = torch.where(torch.isfinite(largest), largest, 1.0).clamp(least, 1 / least)
+    back = torch.exp2(torch.floor(torch.log2(finite)))
+    return chosen, rows.mul_((1 / back).to(part.dtype)), back
 
 
 def _exponents(norms: Vector) -> Vector:

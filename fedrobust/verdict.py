@@ -86,13 +86,14 @@ def judge(gram: Gram, kept: Vector, gone: int) -> Verdict:
     return Verdict.REMOVED if kept[0] <= ALARMING * (edge or 0.0) else Verdict.EXCEEDED
 
 
-def read_levels(gram: Gram, weights: Vector, values: Vector) -> Levels | None:
+def read_levels(gram: Gram, weights: Vector, values: Vector, factor: float = VISIBLE) -> Levels | None:
     """The levels that the bulk gives; None if there is none, or none that can be read.
 
     Args:
         gram: of all rows.
         weights: (n,) sum 1.
         values: the largest of the eigenvalues that belong to them.
+        factor: how far above the bulk's edge something is visible.
     """
     if not has_bulk(gram, weights) or _hides(gram, weights, float(values[0])):
         return None
@@ -102,7 +103,7 @@ def read_levels(gram: Gram, weights: Vector, values: Vector) -> Levels | None:
     edge = bulk_edge(values, gram.f - _gone(gram, weights))
     if edge is None or edge <= gram.rounding(weights):
         return None
-    return Levels(VISIBLE * edge, ALARMING * edge)
+    return Levels(factor * edge, factor * edge * ALARMING / VISIBLE)
 
 
 def _gone(gram: Gram, weights: Vector) -> int:

@@ -10,7 +10,7 @@ from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules.rule import Mixed, Weighting, weigh
 from fedrobust.text import choose
-from fedrobust.verdict import Levels, Verdict, has_bulk, read_levels
+from fedrobust.verdict import VISIBLE, Levels, Verdict, has_bulk, read_levels
 
 _REMEMBERED = 8
 """How many directions of a pass are kept for the scores."""
@@ -59,7 +59,7 @@ class Filter(Weighting):
     Three regimes, by what is known:
     `sigma` and eps: the threshold is sigma^2 / (1 - 2 eps); no weighting that keeps 1 - 2 eps of the
     mass, all of it honest, has a larger lambda.
-    eps alone: three times the edge of the round's own bulk, which an attacker cannot move beyond the
+    eps alone: `factor` times the edge of the round's own bulk, which an attacker cannot move beyond the
     honest spread (`fedrobust.verdict`). Rows so large that the bulk cannot be read beside them go first;
     if they were honest after all, the honest spread is far above any threshold found later, so the
     guarantee stands. Where there is no bulk (fewer than eps n + 2 coordinates) there is no threshold: it
@@ -87,17 +87,20 @@ class Filter(Weighting):
     Attributes:
         sigma: a bound on the honest spread (the square root of the honest covariance's top
             eigenvalue), in the updates' units; None judges the round against its own bulk.
+        factor: how far above the bulk's edge the threshold is, where sigma is not known.
         removal: "soft" multiplies weights by 1 - tau_i / max tau; "random" removes row i outright with
             probability tau_i / max tau, drawn from the round's seed.
     """
 
     name = "filter"
     sigma: float | None = field(default=None, kw_only=True)
+    factor: float = field(default=VISIBLE, kw_only=True)
     removal: str = field(default="soft", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.sigma is None or self.sigma > 0, "sigma must be positive")
+        self.require(self.factor > 1, "factor must be above 1")
         choose(self.removal, ("random", "soft"), f"removal of {self.name}")
 
     def measure(self, squares: Matrix, variances: Vector, rest: Vector) -> Vector:  # noqa: ARG002
@@ -127,7 +130,7 @@ class Filter(Weighting):
             if top < smallest:
                 best, smallest = normalised, top
             if state.levels is None:
-                state = replace(state, levels=read_levels(gram, normalised, values))
+                state = replace(state, levels=read_levels(gram, normalised, values, self.factor))
             level = state.level(gram.eps)
             hidden = level is None and has_bulk(gram, normalised)
             loud = values > (_HIDING * top if level is None else level)
@@ -139,7 +142,7 @@ class Filter(Weighting):
             if gram.f == 0 or top <= max(level or 0.0, gram.rounding(normalised)):
                 break
             seen = projections[:, loud] if hidden else projections
-            swept = self._sweep(gram, state, seen, level or (_HIDING if hidden else 1.0) * top, rng)
+            swept = self._sweep(gram, state, seen, _HIDING * top if hidden else None, rng)
             if swept is state:
                 break
             near, state = np.zeros(gram.n), swept
@@ -147,7 +150,12 @@ class Filter(Weighting):
         return self._answer(gram, state, best, (first, smallest), directions)
 
     def _sweep(
-        self, gram: Gram, state: State, projections: Matrix, floor: float, rng: np.random.Generator
+        self,
+        gram: Gram,
+        state: State,
+        projections: Matrix,
+        floor: float | None,
+        rng: np.random.Generator,
     ) -> State:
         """Steps along the given directions for as long as one of them stands out, within the budget.
 
@@ -155,10 +163,10 @@ class Filter(Weighting):
             gram: of all rows.
             state: where the sweep starts.
             projections: (m, k) of the rows that carry weight on k directions, orthogonal under it.
-            floor: what is tolerated where there is no level.
+            floor: what is tolerated where there is no level; None for a single step.
             rng: for randomised removal.
         """
-        support = np.flatnonzero(state.weights)
+        support, before = np.flatnonzero(state.weights), state.steps
         full = state.weights / state.weights.sum()
         rest = np.zeros(len(support))
         if state.levels is not None and projections.shape[1] < len(support):
@@ -169,7 +177,10 @@ class Filter(Weighting):
             squares = (projections - normalised @ projections) ** 2
             variances = normalised @ squares
             level = state.level(gram.eps)
-            if variances.max() <= (floor if level is None else level) * (1 - 1e-9):
+            tolerated = floor if level is None else level
+            if tolerated is None and state.steps > before:
+                return state
+            if tolerated is not None and variances.max() <= tolerated * (1 - 1e-9):
                 return state
             tau = self.measure(squares, variances, rest)
             tau[weights == 0] = 0.0
@@ -247,6 +258,23 @@ class EntropyFilter(Filter):
         emphasis = np.exp(self.alpha * (variances / variances.max() - 1))
         tau: Vector = squares @ emphasis + np.exp(-self.alpha) * rest
         return tau
+
+
+def without_loud(gram: Gram, factor: float) -> Vector:
+    """(n,) the shares without rows that stretch the covariance far beyond the bulk, eps of them at most.
+
+    For rules that mark down one direction at a time: rows of many magnitudes would make as many steps of
+    them. What such a rule would remove anyway goes first.
+
+    Args:
+        gram: of the rows.
+        factor: how far beyond the bulk's edge.
+    """
+    if not has_bulk(gram, gram.shares) or gram.f > 2 * gram.eps * gram.n:
+        return gram.shares  # with that many clients of next to no share, too, the bulk says nothing
+    kept: Vector = Filter(factor=factor)(gram).matrix[0]
+    quiet: Vector = np.where(kept >= 0.5 * gram.shares, gram.shares, 0.0)
+    return quiet if quiet.sum() >= 1 - gram.eps - 1e-9 else gram.shares
 
 
 def _scores(gram: Gram, directions: list[Matrix], weights: Vector) -> Vector:

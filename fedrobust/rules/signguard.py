@@ -97,7 +97,7 @@ def _largest_cluster(points: Matrix) -> npt.NDArray[np.bool_]:
     middle, bandwidth = points[np.argmin(off)], estimate_bandwidth(points, quantile=0.5)
     if bandwidth < 1e-9:  # half of the rows are alike, and nothing tells how wide to look
         return np.asarray(np.linalg.norm(points - middle, axis=1) < 1e-6)
-    found = MeanShift(bandwidth=bandwidth).fit(points)
+    found = MeanShift(bandwidth=bandwidth, bin_seeding=True).fit(points)
     near = -np.linalg.norm(found.cluster_centers_ - middle, axis=1)
     largest = np.lexsort([near, np.bincount(found.labels_, minlength=len(near))])[-1]
     return np.asarray(found.labels_ == largest)

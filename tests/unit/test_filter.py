@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedrobust import Aggregated, Filter, Verdict, aggregate
+from fedrobust import Aggregated, Filter, InputError, Verdict, aggregate
 from fedrobust.kernels import Matrix
 
 
@@ -114,6 +114,64 @@ def test_rows_of_many_magnitudes_cannot_make_it_loop_for_long(n: int) -> None:
     result = aggregate(X, Filter(eps=0.4))
     assert result.notes["steps"] <= n
     assert np.isfinite(result.value).all()
+
+
+@pytest.mark.parametrize("rule", ["filter", "entropy_filter", "filter(removal='random')", "no_regret"])
+@pytest.mark.parametrize("n", [100, 400])
+def test_rows_of_many_magnitudes_do_not_take_honest_ones_along(rule: str, n: int) -> None:
+    """Beyond 256 rows eigenvectors are approximate."""
+    X = attacked(n, 2000, 0, 0.0).astype(np.float32)
+    X[: n // 5] *= np.logspace(2, 16, n // 5, dtype=np.float32)[:, None]
+    result = aggregate(X, rule, eps=0.2)
+    assert result.weights is not None
+    assert result.weights[: n // 5].max() < 1e-6 / n
+    np.testing.assert_allclose(result.weights[n // 5 :], 1 / (n - n // 5), rtol=0.05)
+
+
+@pytest.mark.parametrize("removal", ["soft", "random"])
+def test_randomised_removal_leaves_as_little(removal: str) -> None:
+    X = attacked(50, 2000, 10, 200.0)
+    result = aggregate(X, Filter(removal=removal), seed=3)
+    assert result.weights is not None
+    assert result.weights[:10].sum() < 0.02
+    assert error(result) <= 1.2 * np.linalg.norm(X[10:].mean(0))
+    kept = result.weights[10:]
+    assert removal == "soft" or set(np.round(kept / kept.max(), 9)) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("malicious", "shift"), [(0, 0.0), (5, 100.0), (10, 100.0), (20, 100.0)])
+def test_eps_is_estimated_from_the_spectrum(malicious: int, shift: float) -> None:
+    result = aggregate(attacked(50, 1000, malicious, shift), "filter(eps='auto')")
+    assert result.certificate is not None
+    assert result.certificate.eps == pytest.approx(malicious / 50, abs=0.021)
+    assert error(result) < 1.5 * np.linalg.norm(attacked(50, 1000, 0, 0.0)[malicious:].mean(0))
+
+
+@pytest.mark.parametrize("d", [5, 40])
+def test_more_rows_than_coordinates(d: int) -> None:
+    """Statistics: a d x d eigenproblem, no n x n matrix, and without a bulk the best iterate."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(30_000, d))
+    X[:3000, 0] += 30.0
+    result = aggregate(X, "filter", eps=0.1)
+    assert result.weights is not None
+    assert result.weights[:3000].sum() < 0.01
+    assert error(result) < 0.1
+    assert result.certificate is not None
+    assert error(result) <= result.certificate.bound(1.1)
+    for rule in ["mean", "caf", "geometric_median", "dnc", "no_regret"]:
+        assert np.isfinite(aggregate(X, rule, eps=0.1).value).all()
+    with pytest.raises(InputError, match="compares every pair of rows, and 30000"):
+        aggregate(X, "krum", eps=0.1)
+
+
+def test_many_rows_and_many_coordinates_go_without_any_matrix() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(21_000, 2100)).astype(np.float32)
+    X[:2100] += 1.0
+    result = aggregate(X, "filter", eps=0.1)
+    assert error(result) < 2 * np.linalg.norm(X[2100:].mean(0))
+    assert error(aggregate(X, "mean")) > 3
 
 
 @pytest.mark.parametrize("size", [10.0, 1e10, 1e30])

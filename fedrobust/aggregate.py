@@ -26,6 +26,7 @@ from fedrobust.gram import LARGEST_MATRIX, Gram
 from fedrobust.kernels import Block, Matrix, Vector
 from fedrobust.rules import Aggregator, CoordinateWise, Rule, parse_rule
 from fedrobust.rules.fraction import DEFAULT_EPS, assume
+from fedrobust.threads import few_threads
 from fedrobust.trees import Tree, rebuild, tabulate, with_anchors
 from fedrobust.verdict import Verdict, judge
 
@@ -301,19 +302,20 @@ def combine(
         InputError: as `aggregate`.
     """
     aggregator = _composition(rule)
-    gram = assume(gram, aggregator.eps, eps)
-    decision = aggregator(gram)
+    with few_threads(gram.n):
+        gram = assume(gram, aggregator.eps, eps)
+        decision = aggregator(gram)
+        weights, verdict, certificate = None, decision.verdict, None
+        if decision.reducer is None and (weighing := decision.matrix) is not None:
+            weights = weighing[0]
+            if certified:
+                certificate, kept = certify(gram, decision.mixings)
+                if verdict is Verdict.NOT_JUDGED:
+                    gone = int(np.count_nonzero(gram.shares) - np.count_nonzero(weights))
+                    verdict = judge(gram, kept, gone)
     matrix = np.eye(gram.n) if decision.matrix is None and gram.anchors else decision.matrix
-    weighing = None if matrix is None else _beside(matrix, gram.anchors)
-    value = rows.map(partial(kernels.mix_and_reduce, matrix=weighing, reducer=decision.reducer))
-    weights, verdict, certificate = None, decision.verdict, None
-    if decision.reducer is None and matrix is not None:
-        weights = matrix[0]
-        if certified:
-            certificate, kept = certify(gram, decision.mixings)
-            if verdict is Verdict.NOT_JUDGED:
-                gone = int(np.count_nonzero(gram.shares) - np.count_nonzero(weights))
-                verdict = judge(gram, kept, gone)
+    everything = None if matrix is None else _beside(matrix, gram.anchors)
+    value = rows.map(partial(kernels.mix_and_reduce, matrix=everything, reducer=decision.reducer))
     return Aggregated(value, weights, decision.scores, verdict, certificate, decision.notes)
 
 

@@ -280,7 +280,7 @@ def _mended(found: Tensor, part: Tensor, wild: Tensor) -> Tensor:
         lengths, others = among.diagonal().sqrt(), found.diagonal()[ordinary].sqrt()
         far = (lengths * others.max() > 2.0**120) | (lengths * others.min() < 2.0**-100)
         if far.any():
-            beside = (rows[far] @ part[ordinary].T).double() * back[far]
+            beside = (rows[far] @ part.T)[:, ordinary].double() * back[far]
             found[wild[far][:, None], ordinary] = beside
             found[ordinary[:, None], wild[far]] = beside.T
     return found

@@ -32,7 +32,7 @@ from fedrobust.verdict import Verdict, judge
 
 LARGEST_NORM = 1e60
 """Longer rows are refused: beyond every float32 row, and the fourth power is still a float64."""
-BFLOAT16, FLOAT32, FLOAT64 = 1e-4, 5e-8, 1e-14
+BFLOAT16, FLOAT32, FLOAT64 = 1e-4, 5e-8, 1e-12
 """Precision of inner products of such rows, in units of the rows' lengths."""
 _MOST_COORDINATES = 2048
 """With more rows than coordinates, up to so many of these, an eigenproblem in their space is cheap."""

@@ -63,7 +63,7 @@ class Gram:
     factor: Matrix | None = None
     multiply: Product | None = None
     norms: Vector | None = None
-    precision: float = 1e-14
+    precision: float = 1e-12
     width: int | None = None
 
     @cached_property
@@ -119,11 +119,11 @@ class Gram:
     def _without_matrix(self, times: int) -> bool:
         """Whether so many passes over the rows cost less than the matrix.
 
-        Forming it costs about 4 + n / 20 times as much as reading the rows once, a product about 1.5
-        times (docs/benchmarks.md: crossover).
+        Forming it takes about 3 + n / 20 times as long as reading the rows once, a product twice as long
+        (measured: docs/benchmarks.md, kernels).
         """
         formed = "extended" in vars(self)
-        return not formed and (self.n > LARGEST_MATRIX or 1.5 * times < 4 + self.n / 20)
+        return not formed and (self.n > LARGEST_MATRIX or 2 * times < 3 + self.n / 20)
 
     @cached_property
     def squared_norms(self) -> Vector:

@@ -37,10 +37,10 @@ Reducer = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 # Products are bound by the packing of their operands, so their tiles are wide; unless the tile is a
-# copy, or read twice, and should still be in the cache then.
+# copy, which should still be in the cache when it is multiplied.
 _WIDE = 1 << 16
 _COPIED_ELEMENTS = 1 << 20
-_REREAD_ELEMENTS = 1 << 19
+_COUNTED_ELEMENTS = 1 << 19
 # Sorting works on transposed copies that fit the second-level cache beside their source.
 _SORTED_ELEMENTS = 1 << 18
 # What is not worth a thread.
@@ -178,6 +178,8 @@ def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
     largest = np.abs(scaled).max(axis=0)
     largest[largest == 0] = 1.0
     weights = torch.from_numpy(scaled / largest).to(block.device)
+    used = np.flatnonzero(vectors.any(axis=1))
+    row = int(used[0]) if vectors.shape[1] == len(used) == 1 else None  # X^T e_i is there already
     shrink = None if (sizes == 1).all() else torch.from_numpy(1 / sizes).to(block.device)
 
     def multiply(part: Tensor) -> Tensor:
@@ -185,11 +187,11 @@ def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
             part = (part.double() * shrink).to(part.dtype)
         columns = weights.to(part)
         if columns.shape[1] == 1:
-            return torch.mv(part, torch.mv(part.T, columns[:, 0]))[:, None].double()
+            along = torch.mv(part.T, columns[:, 0]) if row is None else part[row] * columns[row, 0]
+            return torch.mv(part, along)[:, None].double()
         return (part @ (part.T @ columns)).double()
 
-    width = min(_width(block), max(512, _REREAD_ELEMENTS // block.n))
-    return np.asarray(_total(block, multiply, width) * sizes * largest)
+    return np.asarray(_total(block, multiply) * sizes * largest)
 
 
 def sign_counts(block: Block, matrix: Matrix) -> Matrix:
@@ -212,7 +214,7 @@ def sign_counts(block: Block, matrix: Matrix) -> Matrix:
         counts = [positive, values.shape[1] - positive - negative, negative]
         return torch.from_numpy(np.stack(counts, axis=1).astype(np.float64))
 
-    width = max(512, _REREAD_ELEMENTS // len(matrix))
+    width = max(512, _COUNTED_ELEMENTS // len(matrix))
     return _total(block, count, width)
 
 

@@ -28,7 +28,7 @@ class RunningAggregate:
 
     All rows lie in one arena of capacity x size. An arriving piece is multiplied with the rows that are
     there already, which are read once: for all n rows together n / 2 passes, where `aggregate` takes the
-    time of about 4 + n / 20, but while waiting. Several rows at once (`extend`) share a pass.
+    time of about 3 + n / 20, but while waiting. Several rows at once (`extend`) share a pass.
     Not safe to be used by several threads at a time.
 
     >>> import numpy as np

@@ -70,8 +70,10 @@ class ClippedAbout(Mixing):
             distances = np.sqrt(np.maximum(norms - 2 * toward + centre @ toward, 0.0))
             radius = self._radius(gram, distances)
             factors = np.divide(radius, distances, out=np.ones_like(distances), where=distances > radius)
-            matrix = np.diag(factors) + (1 - factors)[:, None] * centre
-            centre = gram.shares @ matrix
+            before = centre
+            centre = gram.shares * factors + (gram.shares @ (1 - factors)) * centre
+        matrix = (1 - factors)[:, None] * before
+        matrix[np.diag_indices(gram.n)] += factors
         return Mixed(matrix, gram.shares, gram.eps, scores=distances / (radius or 1.0))
 
     def _radius(self, gram: Gram, distances: Vector) -> float:

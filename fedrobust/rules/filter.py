@@ -133,13 +133,14 @@ class Filter(Weighting):
                 state = replace(state, levels=read_levels(gram, normalised, values, self.factor))
             level = state.level(gram.eps)
             hidden = level is None and has_bulk(gram, normalised)
-            loud = values > (_HIDING * top if level is None else level)
-            loud[0] = top > 0
+            rounding = gram.rounding(normalised)
+            loud = values > max(_HIDING * top if level is None else level, rounding)
+            loud[0] = top > rounding  # what is nothing but rounding has no direction
             few = np.flatnonzero(loud)[:_REMEMBERED]
             found = np.zeros((gram.n, len(few)))
             found[support] = normalised[support, None] * projections[:, few] / values[few]
             directions.append(found)
-            if gram.f == 0 or top <= max(level or 0.0, gram.rounding(normalised)):
+            if gram.f == 0 or top <= max(level or 0.0, rounding):
                 break
             seen = projections[:, loud] if hidden else projections
             swept = self._sweep(gram, state, seen, _HIDING * top if hidden else None, rng)

@@ -75,7 +75,7 @@ def test_the_repr_is_the_text(rule: Any, text: str) -> None:
         ("nnm | medain", r"did you mean median\?"),
         (
             "filter(epsilon=0.1)",
-            r"unknown argument of filter 'epsilon' \(did you mean eps\?\).*eps, removal, sigma",
+            r"unknown argument of filter 'epsilon' \(did you mean eps\?\).*eps, factor, removal, sigma",
         ),
         ("filter(0.2)", r"takes 0 arguments without a name, got 1; its arguments are eps, sigma"),
         ("multi_krum(1, 2)", r"takes 1 arguments without a name, got 2; its arguments are eps, m"),

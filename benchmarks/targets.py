@@ -60,7 +60,7 @@ def _faster(peer: str, rule: str, shape: Shape, limit: float, mine: str | None =
     return Target(f"`{own}` against {beside}", shape, (f"{peer}/{rule}",), (f"ours/{own}",), limit)
 
 
-GEOMETRIC = "geometric_median(steps=3)"
+GEOMETRIC, CLIPPING = "geometric_median(steps=3)", "centered_clipping(radius=100.0, steps=3)"
 TARGETS: list[Target] = [
     *(
         Target(
@@ -82,7 +82,7 @@ TARGETS: list[Target] = [
     _faster("byzfl", GEOMETRIC, _MIDDLE, 9),
     _faster("byzfl", "krum", _MIDDLE, 7),
     _faster("byzfl", "multi_krum", _MIDDLE, 7),
-    _faster("byzfl", "centered_clipping", _MIDDLE, 7),
+    _faster("byzfl", CLIPPING, _MIDDLE, 7),
     _faster("byzfl", "median", _MIDDLE, 14),
     _faster("byzfl", "trimmed_mean", _MIDDLE, 14),
     _faster("byzfl", "meamed", _MIDDLE, 12),
@@ -94,7 +94,7 @@ TARGETS: list[Target] = [
             (f"ours {BARE}/{rule}",),
             10,
         )
-        for rule in ["monna(index=0)", GEOMETRIC, "centered_clipping"]
+        for rule in ["monna(index=0)", GEOMETRIC, CLIPPING]
     ),
     _faster("flower", "median", _MIDDLE, 10),
     _faster("flower", "trimmed_mean", _MIDDLE, 10),

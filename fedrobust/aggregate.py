@@ -166,6 +166,7 @@ def aggregate(  # noqa: PLR0913 (the front door)
     (array([0., 0.]), 'outliers removed')
     """
     aggregator = _composition(rule)
+    _check(seed, anchors)
     table, names = tabulate(updates, reference), tuple(anchors or ())
     rows = LocalRows(with_anchors(table, anchors) if anchors else table.blocks)
     matrix, squares = _first_pass(rows, aggregator, certified=certified, bfloat16=bfloat16)
@@ -348,6 +349,13 @@ def precision(dtypes: Sequence[torch.dtype]) -> float:
 def _beside(matrix: Matrix, anchors: tuple[str, ...]) -> Matrix:
     """A mixing of the clients' rows as one of all rows: the anchors after them have no weight."""
     return np.pad(matrix, ((0, 0), (0, len(anchors))))
+
+
+def _check(seed: object, anchors: object) -> None:
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise InputError(f"seed must be a whole number, 0 or more, got {seed!r}")
+    if not isinstance(anchors, Mapping | None):
+        raise InputError(f"anchors must be a dict of rows by name, got {type(anchors).__name__}")
 
 
 def _composition(rule: object) -> Aggregator:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules.exact import refusal
+from fedrobust.rules.majority import require_majority
 from fedrobust.rules.rule import Mixed, Weighting, weigh
 
 _RATE = 5e3
@@ -51,6 +52,7 @@ class MDA(Weighting):
     def __call__(self, gram: Gram) -> Mixed:
         """Choose n - f rows."""
         n, f = gram.n, gram.f
+        require_majority(self, n, f)
         nodes = 1.4656**f * (n - f) * 2 * math.log2(n + 1)
         within = f == 0 or nodes <= self.budget
         self.require(within, refusal(n, f, nodes, "nodes of search", _RATE, self.budget))

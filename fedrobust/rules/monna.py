@@ -8,6 +8,7 @@ import numpy as np
 
 from fedrobust.gram import Gram
 from fedrobust.kernels import Vector
+from fedrobust.rules.majority import require_majority
 from fedrobust.rules.rule import Mixed, Weighting, weigh
 
 
@@ -44,6 +45,7 @@ class MoNNA(Weighting):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Average the neighbours of the trusted row."""
+        require_majority(self, gram.n, gram.f)
         distances = self._distances(gram)
         count = gram.n - gram.f
         weights = np.zeros(gram.n)

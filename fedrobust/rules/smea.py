@@ -15,6 +15,7 @@ from fedrobust.errors import InputError
 from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules.exact import refusal
+from fedrobust.rules.majority import require_majority
 from fedrobust.rules.rule import Mixed, Weighting, weigh
 
 Rows = npt.NDArray[np.intp]
@@ -102,6 +103,7 @@ class SMEA(Weighting):
     def __call__(self, gram: Gram) -> Mixed:
         """Choose n - f rows."""
         n, f = gram.n, gram.f
+        require_majority(self, n, f)
         sets = math.comb(n, f)
         self.require(sets <= self.budget, refusal(n, f, sets, "sets of rows", _RATE, self.budget))
         found = _smallest(gram, f)

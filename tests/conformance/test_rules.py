@@ -308,6 +308,27 @@ def test_a_rule_says_that_it_needs_the_servers_row(rule: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"anchors": [np.zeros(30)]}, "anchors must be a dict of rows by name, got list"),
+        ({"eps": True}, "eps must be in"),
+        ({"eps": "0.1"}, "eps must be in .* or 'auto'"),
+    ],
+)
+def test_a_bad_option_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        aggregate_updates(normal(), "bucketing | mean", **options)
+
+
+def test_eps_may_be_a_number_of_numpys() -> None:
+    found = aggregate_updates(normal(), "filter", eps=np.float32(0.25)).certificate
+    assert found is not None
+    assert found.eps == 0.25
+
+
+@pytest.mark.parametrize(
     ("root", "message"),
     [
         (np.zeros(29), "expected floating-point values of shape"),
@@ -533,7 +554,9 @@ def test_a_crowd_with_next_to_no_share_decides_nothing(rule: str, share: float) 
     close(value, aggregate(honest, rule, anchors=root).value, 1e-4)
 
 
-@pytest.mark.parametrize("rule", ["nnm | median", "meamed", "dnc", "krum", "multi_krum", "bulyan"])
+@pytest.mark.parametrize(
+    "rule", ["nnm | median", "meamed", "dnc", "krum", "multi_krum", "bulyan", "mda", "smea", "monna(0)"]
+)
 @pytest.mark.parametrize("share", [0.0, 1e-9])
 def test_a_crowd_with_next_to_no_share_is_refused_by_rules_that_count_rows(
     rule: str, share: float

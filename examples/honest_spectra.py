@@ -81,7 +81,7 @@ def main() -> None:
         figures = (min(edges), float(np.median(edges)), max(edges), max(s.middle for s in found))
         estimate = f"{max(spread.eps for spread in found):.2f}"
         table.add_row(repr(task), *(f"{figure:.1f}" for figure in figures), estimate)
-    Console().print(table)
+    Console(width=105).print(table)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ DEFAULT_EPS = 0.2
 AUTO = "auto"
 """The malicious fraction is to be estimated."""
 _MOST = 0.499
-_STANDS_OUT = 10.0
-"""Honest rounds show less between their first eigenvalue and the middle one (docs/rules.md)."""
+_STANDS_OUT = 40.0
+"""Honest rounds show up to 35 between their first eigenvalue and the middle one (docs/rules.md)."""
 
 
 def assume(gram: Gram, *named: Any) -> Gram:  # noqa: ANN401 (what it is is looked at here)
@@ -43,7 +43,7 @@ def estimate_eps(gram: Gram) -> float:
     """The mass that has to go until nothing stands out against the middle of the spectrum.
 
     Fewer than half of the rows are malicious, so they cannot move the eigenvalue of rank n / 2 beyond
-    the honest spread; what stands out ten times above it is filtered, and the mass that this takes is
+    the honest spread; what stands out forty times above it is filtered, and the mass that this takes is
     the estimate. An attack that does not stand out is not counted: the filter would let it pass with eps
     known, but a certificate for the estimate does not cover it.
 

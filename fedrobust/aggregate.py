@@ -326,7 +326,8 @@ def _first_pass(
     """The inner products, if they will be needed in any case, and the squared norms of all rows."""
     weighs = not isinstance(aggregator.rules[-1], CoordinateWise)
     n = rows.blocks[0].n
-    if n <= min(rows.width, LARGEST_MATRIX) and ((certified and weighs) or len(aggregator.rules) > 1):
+    needed = (weighs and (certified or bfloat16)) or len(aggregator.rules) > 1
+    if n <= min(rows.width, LARGEST_MATRIX) and needed:
         matrix = rows.sum(partial(kernels.gram, bfloat16=bfloat16))
         return matrix, np.asarray(np.diag(matrix))
     return None, rows.sum(kernels.squared_norms)

@@ -213,3 +213,13 @@ def test_what_is_no_round_is_an_error(updates: Any) -> None:
 def test_updates_may_come_from_a_generator() -> None:
     expected = aggregate([vector(i) for i in range(4)], "mean").value
     np.testing.assert_array_equal(aggregate((vector(i) for i in range(4)), "mean").value, expected)
+
+
+class Unreadable:
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("no")
+
+
+def test_an_update_that_cannot_be_read_is_refused_and_named() -> None:
+    updates = [{"w": vector(i)} for i in range(4)] + [{"w": Unreadable()}]
+    assert aggregate(updates, "median").refused == {4: "cannot be read: RuntimeError: no"}

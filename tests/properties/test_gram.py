@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import ThreadpoolController
 
-from fedrobust import CATALOG, InputError, kernels, parse_rule
+from fedrobust import CATALOG, InputError, aggregate, kernels, parse_rule
 from fedrobust.gram import Gram
 from fedrobust.kernels import Block, Matrix, Vector
 from fedrobust.text import parse, parse_chain
+from fedrobust.threads import few_threads
 
 SHAPES = [(1, 1), (1, 9), (2, 3), (7, 3), (7, 40), (20, 500)]
 
@@ -191,3 +193,29 @@ HARD = {
 def test_text_that_is_hard_on_a_parser(text: str, read: Any) -> None:
     with pytest.raises(InputError):
         read(text, CATALOG, "rule")
+
+
+def test_bfloat16_is_near_and_leaves_the_setting_alone() -> None:
+    X = rows(40, 20_000).astype(np.float32)
+    before = torch.get_float32_matmul_precision()
+    found = kernels.gram(Block(torch.from_numpy(X)), bfloat16=True)
+    assert torch.get_float32_matmul_precision() == before
+    lengths = np.linalg.norm(X, axis=1)
+    error = np.abs(found - X.astype(float) @ X.T.astype(float)) / (lengths[:, None] * lengths[None, :])
+    assert error.max() < 1e-4
+    for certified in (True, False):
+        result = aggregate(X, "filter", bfloat16=True, certified=certified)
+        assert result.weights is not None
+        np.testing.assert_allclose(result.weights, aggregate(X, "filter").weights, atol=1e-3)
+
+
+def test_passes_and_small_matrices_leave_the_threads_of_the_process_alone() -> None:
+    pools, threads = ThreadpoolController(), torch.get_num_threads()
+    before = [pool["num_threads"] for pool in pools.info()]
+    subnormal = torch.full((4, 50_000), 1e-40)
+    kernels.gram(Block(subnormal))
+    with few_threads(10), few_threads(20):
+        assert {pool["num_threads"] for pool in pools.info() if pool["user_api"] == "blas"} == {1}
+    assert [pool["num_threads"] for pool in pools.info()] == before
+    assert torch.get_num_threads() == threads
+    assert (subnormal * 1.0 == subnormal).all()  # and its arithmetic

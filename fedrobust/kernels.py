@@ -40,7 +40,7 @@ T = TypeVar("T")
 # copy, which should still be in the cache when it is multiplied.
 _WIDE = 1 << 16
 _COPIED_ELEMENTS = 1 << 20
-_COUNTED_ELEMENTS = 1 << 19
+_COUNTED_ELEMENTS = 1 << 22
 # Sorting works on transposed copies that fit the second-level cache beside their source.
 _SORTED_ELEMENTS = 1 << 18
 # What is not worth a thread.
@@ -93,14 +93,33 @@ class Block:
         """The same coordinates of some rows, without copying them."""
         return Block([self.rows[i] for i in keep], self.reference)
 
-    def tile(self, columns: slice) -> Tensor:
-        """(n, width) float32 or float64: those columns, from the reference; a view if it can be."""
+    def tile(self, columns: slice, room: Tensor | None = None) -> Tensor:
+        """(n, width) float32 or float64: those columns, from the reference; a view if it can be.
+
+        Args:
+            columns: which ones.
+            room: flat memory that a copy is made in, as `room` gives it; None is memory of its own.
+        """
+        into = None
+        if room is not None:
+            into = room[: self.n * (columns.stop - columns.start)].view(self.n, -1)
         if isinstance(self.rows, Tensor):
             part = self.rows[:, columns]
         else:
-            part = torch.stack([row[columns] for row in self.rows])
+            part = torch.stack([row[columns] for row in self.rows], out=into)
         part = part if part.dtype == torch.float64 else part.float()
-        return part if self.reference is None else part - self.reference[columns].to(part)
+        if self.reference is None:
+            return part
+        return torch.sub(part, self.reference[columns].to(part), out=into)
+
+    def room(self, width: int) -> Tensor | None:
+        """Memory for one tile after the other, where tiles are copies of the rows' own dtype.
+
+        A large block of memory is asked of the system anew each time, and it comes page by page.
+        """
+        if not self.copies or self.dtype not in (torch.float32, torch.float64):
+            return None
+        return torch.empty(self.n * width, dtype=self.dtype, device=self.device)
 
 
 def squared_norms(block: Block) -> Vector:
@@ -209,12 +228,12 @@ def sign_counts(block: Block, matrix: Matrix) -> Matrix:
     def count(part: Tensor) -> Tensor:
         if not own:
             part = part[rows] if scaled else torch.from_numpy(matrix).to(part) @ part
-        values = part.cpu().numpy()  # counts truths several times faster than torch
-        positive, negative = (np.count_nonzero(sign, axis=1) for sign in (values > 0, values < 0))
-        counts = [positive, values.shape[1] - positive - negative, negative]
-        return torch.from_numpy(np.stack(counts, axis=1).astype(np.float64))
+        signs = torch.sign(part)  # sums of so few of them are exact
+        surplus = signs.sum(dim=1).double()
+        some = torch.linalg.vector_norm(signs, dim=1).double().square().round()
+        return torch.stack([(some + surplus) / 2, part.shape[1] - some, (some - surplus) / 2], dim=1)
 
-    width = max(512, _COUNTED_ELEMENTS // len(matrix))
+    width = min(_WIDE, max(512, _COUNTED_ELEMENTS // len(matrix)))
     return _total(block, count, width)
 
 
@@ -326,9 +345,10 @@ def _total(block: Block, part: Callable[[Tensor], Tensor], width: int | None = N
 
     def total(stretch: slice) -> Tensor:
         first, *others = _tiles(stretch, wide)
-        found = part(block.tile(first))
+        room = block.room(first.stop - first.start)
+        found = part(block.tile(first, room))
         for columns in others:
-            found += part(block.tile(columns))
+            found += part(block.tile(columns, room))
         return found
 
     parts = _stretches(block, total)

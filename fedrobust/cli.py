@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedrobust_proto.v1.federation_pb2 import Receipt
     from fedrobust_server.config import RunConfig
     from fedrobust_server.launch import Federation
+    from fedrobust_server.runs import RunFolder
 T = TypeVar("T")
 
 _SIMULATE = """\
@@ -32,6 +33,8 @@ _SERVE = """\
 example, with ten clients in other terminals:
   fedrobust serve --bind 127.0.0.1:7070 --clients 10 --rounds 20
   fedrobust client --server 127.0.0.1:7070 --id 0
+after the server was stopped, or died:
+  fedrobust serve --bind 127.0.0.1:7070 --resume runs/20261125-101500
 """
 _CLIENT = """\
 examples, the second one as a member of a coalition of two:
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2)
     except ConnectionError as error:
         return _complain(str(error), 1)
+    except OSError as error:  # such as a full disk
+        return _complain(f"{error.strerror}: {error.filename or 'the run cannot be saved'}", 1)
     except (KeyboardInterrupt, asyncio.CancelledError):
         return _complain("interrupted", 130)
     finally:
@@ -85,6 +90,9 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
     if chosen == "serve":
         _run_options(serve)
     serve.add_argument("--bind", default="127.0.0.1:7070", help="host:port to listen on")
+    serve.add_argument(
+        "--resume", type=Path, metavar="FOLDER", help="go on with this run, as it was configured"
+    )
     client = _command(commands, "client", "one client of a federation", _CLIENT, _client)
     client.add_argument("--server", required=True, help="host:port of the server")
     client.add_argument("--id", type=int, required=True, help="which client of the task, from 0")
@@ -218,14 +226,24 @@ def _simulate(options: argparse.Namespace) -> int:
         )
         await _both(server, clients)
 
-    return _run_federation(options, config, run)
+    from fedrobust_server.runs import RunFolder
+
+    return _run_federation(options, config, RunFolder.create(options.runs_dir, config), run)
 
 
 def _serve(options: argparse.Namespace) -> int:
     from fedrobust_server.gateway import listen, require_loopback
+    from fedrobust_server.runs import RunFolder
 
-    config = _run_config(options)
     require_loopback(options.bind)
+    if options.resume:
+        if given := [key for key, value in vars(options).items() if ":" in key and value is not None]:
+            flag = given[0].partition(":")[2].replace("_", "-")
+            raise InputError(f"--resume goes on with the run as it was configured; leave --{flag} out")
+        folder, config = RunFolder.open(options.resume)
+    else:
+        config = _run_config(options)
+        folder = RunFolder.create(options.runs_dir, config)
 
     async def run(federation: Federation) -> None:
         server, port = await listen(federation.coordinator, options.bind)
@@ -234,17 +252,19 @@ def _serve(options: argparse.Namespace) -> int:
             print(json.dumps({"listening": f"{host}:{port}"}), flush=True)  # noqa: T201
         else:
             print(f"listening on {host}:{port} for {config.needed} clients", flush=True)  # noqa: T201
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, federation.coordinator.drain)
         try:
             await federation.coordinator.run()
         finally:
             await server.stop(grace=2.0)
 
-    return _run_federation(options, config, run)
+    return _run_federation(options, config, folder, run)
 
 
 def _run_federation(
     options: argparse.Namespace,
     config: RunConfig,
+    folder: RunFolder,
     run: Callable[[Federation], Coroutine[Any, Any, None]],
 ) -> int:
     """Start a federation, let `run` run it, and leave a report behind, come what may."""
@@ -257,8 +277,8 @@ def _run_federation(
         terminal(config, as_json=options.json) as display,
         federation(
             config,
+            folder,
             data_dir=options.data_dir,
-            runs=options.runs_dir,
             ray_address=options.ray_address,
             watch=display.show,
         ) as ready,

@@ -136,7 +136,7 @@ def squared_norms(block: Block) -> Vector:
             squares[wild] = torch.linalg.vector_norm(part[wild].double(), dim=1).square()
         return squares
 
-    return _total(block, measure)
+    return _total((block,), measure)
 
 
 def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
@@ -158,20 +158,20 @@ def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
         return _mended(found, part, wild) if len(wild) else found
 
     with _bfloat16() if bfloat16 else nullcontext():
-        total = _total(block, multiply)
+        total = _total((block,), multiply)
     return total / 2 + total.T / 2
 
 
-def cross(block: Block, fresh: slice) -> Matrix:
-    """(n, m) float64 inner products of all rows with a run of m of them, about the reference.
+def cross(block: Block, fresh: Block) -> Matrix:
+    """(n, m) float64 inner products of n rows with m others, about the reference that they share.
 
-    As `gram`, to which it gives the columns of rows that have just arrived.
+    What `gram` needs of rows that have just arrived, beside their own Gram matrix. Rows of any finite
+    size leave the other entries as they are.
     """
 
-    def multiply(part: Tensor) -> Tensor:
-        new = part[fresh]
+    def multiply(part: Tensor, new: Tensor) -> Tensor:
         found = _against(part, new).double()
-        wild = _wild(found[fresh].diagonal())
+        wild = _wild(torch.linalg.vector_norm(new, dim=1).double().square())
         if len(wild):
             wild, near, back = _near_one(new, wild)
             found[:, wild] = _against(part, near).double() * back.T
@@ -180,7 +180,7 @@ def cross(block: Block, fresh: slice) -> Matrix:
             found[exact] = part[exact].double() @ new.double().T
         return found
 
-    return _total(block, multiply)
+    return _total((block, fresh), multiply)
 
 
 def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
@@ -210,7 +210,7 @@ def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
             return torch.mv(part, along)[:, None].double()
         return (part @ (part.T @ columns)).double()
 
-    return np.asarray(_total(block, multiply) * sizes * largest)
+    return np.asarray(_total((block,), multiply) * sizes * largest)
 
 
 def sign_counts(block: Block, matrix: Matrix) -> Matrix:
@@ -234,7 +234,7 @@ def sign_counts(block: Block, matrix: Matrix) -> Matrix:
         return torch.stack([(some + surplus) / 2, part.shape[1] - some, (some - surplus) / 2], dim=1)
 
     width = min(_WIDE, max(512, _COUNTED_ELEMENTS // len(matrix)))
-    return _total(block, count, width)
+    return _total((block,), count, width)
 
 
 def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None) -> Tensor:
@@ -339,19 +339,24 @@ def _tiles(stretch: slice, width: int) -> Iterator[slice]:
         yield slice(start, min(start + width, stretch.stop))
 
 
-def _total(block: Block, part: Callable[[Tensor], Tensor], width: int | None = None) -> Matrix:
-    """The float64 sum over all tiles, of a width, of what `part` makes of each."""
-    wide = width or _width(block)
+def _total(blocks: tuple[Block, ...], part: Callable[..., Tensor], width: int | None = None) -> Matrix:
+    """The float64 sum over all tiles, of a width, of what `part` makes of that tile of each block."""
+    wide = width or min(map(_width, blocks))
 
     def total(stretch: slice) -> Tensor:
         first, *others = _tiles(stretch, wide)
-        room = block.room(first.stop - first.start)
-        found = part(block.tile(first, room))
+        rooms = [block.room(first.stop - first.start) for block in blocks]
+
+        def work(columns: slice) -> Tensor:
+            tiles = (b.tile(columns, room) for b, room in zip(blocks, rooms, strict=True))
+            return part(*tiles)
+
+        found = work(first)
         for columns in others:
-            found += part(block.tile(columns, room))
+            found += work(columns)
         return found
 
-    parts = _stretches(block, total)
+    parts = _stretches(blocks[0], total)
     return np.asarray(sum(parts[1:], start=parts[0]).cpu().numpy())
 
 

@@ -214,7 +214,7 @@ class RunningAggregate:
         for end in np.unique(np.minimum(there[there > start], stop)):
             # Rows that got to the same point share a product; as a rule all others are whole.
             part = Block(self._rows[: len(self), start:end])
-            found = kernels.cross(part, slice(first, last))
+            found = kernels.cross(part, Block(self._rows[first:last, start:end]))
             reached = np.flatnonzero(np.minimum(there, stop) == end)
             self._inner[np.ix_(reached, new)] += found[reached]
             others = np.setdiff1d(reached, new)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -12,6 +14,8 @@ from fedrobust_proto.v1.federation_pb2 import (
     EnrolReply,
     EnrolRequest,
     ModelRequest,
+    ProgressReply,
+    ProgressRequest,
     Receipt,
     RoundsRequest,
     SubmitRequest,
@@ -19,7 +23,13 @@ from fedrobust_proto.v1.federation_pb2 import (
 from fedrobust_proto.v1.federation_pb2_grpc import FederationStub
 
 from fedrobust.training import Task
-from fedrobust_clients.runtime import Runtime, participate
+from fedrobust_clients.runtime import Participation, Runtime, pauses
+
+_OPTIONS = [
+    ("grpc.keepalive_time_ms", 20_000),  # a dead connection is found out
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
 
 
 class GrpcConnection:
@@ -45,10 +55,24 @@ class GrpcConnection:
         stream: AsyncIterator[Chunk] = self._stub.Model(request)
         return stream
 
+    async def progress(self, request: ProgressRequest) -> ProgressReply:
+        """What the server has of an update."""
+        reply: ProgressReply = await self._stub.Progress(request)
+        return reply
+
     async def submit(self, requests: AsyncIterator[SubmitRequest]) -> Receipt:
         """Upload an update."""
         receipt: Receipt = await self._stub.Submit(requests)
         return receipt
+
+
+_FOR_GOOD = {
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+"""Answers that asking again does not change."""
 
 
 async def run(
@@ -58,25 +82,36 @@ async def run(
     watch: Callable[[int, Receipt], None],
     patience: float = 60.0,
 ) -> int:
-    """Take part in the federation of a server until it ends.
+    """Take part in the federation of a server until it ends, through lost connections and restarts.
 
     Args:
         address: "host:port" of the server.
         client: this client's name.
         prepare: makes the runtime for the server's task.
         watch: is told of every receipt, with its round.
-        patience: seconds that the server may take to come up.
+        patience: seconds that the server may stay away before we give up.
 
     Returns:
         How many updates were accepted.
 
     Raises:
-        ConnectionError: the server is not there, refused, or went away.
+        ConnectionError: the server is not there, refused, or stayed away.
     """
-    async with grpc.aio.insecure_channel(address) as channel:
-        try:
-            return await participate(GrpcConnection(channel, patience), client, prepare, watch)
-        except grpc.aio.AioRpcError as error:
-            raise ConnectionError(
-                f"the server at {address} answered {error.code().name}: {error.details()}"
-            ) from None
+    part = Participation(client, prepare, watch)
+    while True:
+        heard = part.heard
+        for pause in pauses():
+            async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
+                try:
+                    await part.attend(GrpcConnection(channel, patience))
+                except grpc.aio.AioRpcError as error:
+                    away = time.monotonic() - part.heard
+                    if error.code() in _FOR_GOOD or away > patience:
+                        raise ConnectionError(
+                            f"the server at {address} answered {error.code().name}: {error.details()}"
+                        ) from None
+                else:
+                    return part.accepted
+            await asyncio.sleep(pause)
+            if part.heard != heard:  # it was there for a while: begin with short pauses again
+                break

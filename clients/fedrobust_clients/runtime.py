@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import itertools
 import math
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,12 +16,14 @@ import numpy.typing as npt
 import torch
 from fedrobust_proto.v1 import vectors
 from fedrobust_proto.v1.federation_pb2 import (
-    DTYPE_FLOAT32,
     Assignment,
     Chunk,
+    Encoding,
     EnrolReply,
     EnrolRequest,
     ModelRequest,
+    ProgressReply,
+    ProgressRequest,
     Receipt,
     RoundsRequest,
     Status,
@@ -73,6 +77,10 @@ class Connection(Protocol):
         """Download the model."""
         ...
 
+    async def progress(self, request: ProgressRequest) -> ProgressReply:
+        """What the server has of an update."""
+        ...
+
     async def submit(self, requests: AsyncIterator[SubmitRequest]) -> Receipt:
         """Upload an update."""
         ...
@@ -94,61 +102,154 @@ class Honest:
         return Update(delta.numpy(), self.learner.examples)
 
 
+class Participation:
+    """One client's part in a federation, over as many connections as it takes.
+
+    What it has worked out for a round is kept until the round is over: a connection that breaks costs
+    the rest of a transfer, never a second training, and no update is submitted twice.
+    """
+
+    def __init__(
+        self,
+        client: str,
+        prepare: Callable[[Task], Runtime],
+        watch: Callable[[int, Receipt], None] = lambda _round, _receipt: None,
+        *,
+        token: bytes = b"",
+        encoding: Encoding | None = None,
+    ) -> None:
+        """Be this client.
+
+        Args:
+            client: its name.
+            prepare: makes the runtime for the server's task; called once.
+            watch: is told of every receipt, with its round.
+            token: a signed enrolment token, where the server asks for one.
+            encoding: how vectors travel; None leaves it to the server.
+        """
+        self._client, self._prepare, self._watch = client, prepare, watch
+        self._token, self._encoding = token, encoding
+        self._runtime: Runtime | None = None
+        self._model = _Download(0)
+        self._work: _Work | None = None
+        self.accepted = 0
+        self.heard = time.monotonic()
+
+    async def attend(self, connection: Connection) -> None:
+        """Take part until the federation ends, or the connection does.
+
+        Raises:
+            InputError: the task does not fit this client.
+            Exception: whatever the connection raises when it breaks; attend again with a new one.
+        """
+        enrolled = await connection.enrol(EnrolRequest(client=self._client, token=self._token))
+        self.heard = time.monotonic()
+        if self._runtime is None:
+            self._runtime = self._prepare(Task.from_json(enrolled.task))
+        encoding = self._encoding or enrolled.encoding
+        size = sum(math.prod(tensor.shape) for tensor in enrolled.manifest.tensors)
+        async for assignment in connection.rounds(RoundsRequest(session=enrolled.session)):
+            self.heard = time.monotonic()
+            number = assignment.round
+            if self._work is None or self._work.round != number:
+                model = await self._download(connection, enrolled.session, number, encoding)
+                if len(model) != size:  # the round closed while we were on our way
+                    continue
+                update = await self._runtime.update(number, model)
+                self._work, self._model = _Work.of(number, update, encoding), _Download(0)
+            if not self._work.settled:
+                until = time.monotonic() + assignment.seconds_left
+                await self._submit(connection, enrolled.session, self._work, until)
+
+    async def _download(
+        self, connection: Connection, session: bytes, number: int, encoding: Encoding
+    ) -> Floats:
+        """The model of a round, or less if the round has been closed."""
+        if self._model.round != number or self._model.encoding != encoding:
+            self._model = _Download(number, encoding)
+        data = self._model.data
+        request = ModelRequest(session=session, round=number, encoding=encoding, offset=len(data))
+        async for chunk in connection.model(request):
+            data += vectors.expand(chunk.data, encoding.compression)
+            self.heard = time.monotonic()
+        model = vectors.unpack(data, encoding.dtype)
+        model.flags.writeable = False
+        return model
+
+    async def _submit(self, connection: Connection, session: bytes, work: _Work, until: float) -> None:
+        """Upload what the server lacks of an update; again, as long as it asks for that."""
+        for pause in pauses():
+            asked = ProgressRequest(session=session, round=work.round, digest=work.header.digest)
+            progress = await connection.progress(asked)
+            receipt = progress.receipt
+            if not progress.HasField("receipt"):
+                receipt = await connection.submit(work.requests(session, progress.received))
+            self.heard = time.monotonic()
+            if receipt.status not in _AGAIN or time.monotonic() + pause > until:
+                break
+            await asyncio.sleep(pause)
+        work.settled, work.data = True, memoryview(b"")
+        self.accepted += receipt.status == Status.STATUS_ACCEPTED
+        self._watch(work.round, receipt)
+
+
+_AGAIN = {Status.STATUS_TRUNCATED, Status.STATUS_UNAVAILABLE}
+
+
+def pauses(first: float = 0.25, longest: float = 20.0) -> Iterator[float]:
+    """Seconds to wait before one attempt after the other: random, of a range that doubles.
+
+    Random, so that a thousand clients do not come back to a server all at once.
+    """
+    for doubling in itertools.count():
+        yield random.uniform(0.5, 1.0) * min(longest, first * 2.0 ** min(doubling, 30))  # noqa: S311
+
+
+@dataclass
+class _Download:
+    """A model as far as it has come."""
+
+    round: int
+    encoding: Encoding | None = None
+    data: bytearray = field(default_factory=bytearray)
+
+
+@dataclass
+class _Work:
+    """A round's update, ready to travel; settled once there is a receipt for it."""
+
+    round: int
+    header: SubmitHeader
+    data: memoryview
+    settled: bool = False
+
+    @classmethod
+    def of(cls, number: int, update: Update, encoding: Encoding) -> _Work:
+        data = vectors.pack(update.vector, encoding.dtype)
+        header = SubmitHeader(
+            round=number,
+            encoding=encoding,
+            length=len(update.vector),
+            digest=vectors.digest(data),
+            examples=update.examples,
+        )
+        return cls(number, header, data)
+
+    async def requests(self, session: bytes, start: int) -> AsyncIterator[SubmitRequest]:
+        header = SubmitHeader(session=session, offset=start)
+        header.MergeFrom(self.header)
+        yield SubmitRequest(header=header)
+        for chunk in vectors.chunks(self.data, self.header.encoding.compression, start):
+            yield SubmitRequest(chunk=chunk)
+
+
 async def participate(
     connection: Connection,
     client: str,
     prepare: Callable[[Task], Runtime],
     watch: Callable[[int, Receipt], None] = lambda _round, _receipt: None,
 ) -> int:
-    """Take part in a federation until it ends.
-
-    Args:
-        connection: to the server.
-        client: this client's name.
-        prepare: makes the runtime for the server's task.
-        watch: is told of every receipt, with its round.
-
-    Returns:
-        How many updates were accepted.
-
-    Raises:
-        InputError: the task does not fit this client.
-    """
-    enrolled = await connection.enrol(EnrolRequest(client=client))
-    runtime = prepare(Task.from_json(enrolled.task))
-    size = sum(math.prod(tensor.shape) for tensor in enrolled.manifest.tensors)
-    accepted = 0
-    async for assignment in connection.rounds(RoundsRequest(session=enrolled.session)):
-        model = await _download(connection, enrolled.session, assignment.round)
-        if len(model) != size:  # the round closed while we were on our way
-            continue
-        update = await runtime.update(assignment.round, model)
-        requests = _requests(enrolled.session, assignment.round, update)
-        receipt = await connection.submit(requests)
-        accepted += receipt.status == Status.STATUS_ACCEPTED
-        watch(assignment.round, receipt)
-    return accepted
-
-
-async def _download(connection: Connection, session: bytes, number: int) -> Floats:
-    request = ModelRequest(session=session, round=number)
-    data = bytearray()
-    async for chunk in connection.model(request):
-        data += chunk.data
-    return np.frombuffer(bytes(data), dtype="<f4")
-
-
-async def _requests(session: bytes, number: int, update: Update) -> AsyncIterator[SubmitRequest]:
-    vector = np.ascontiguousarray(update.vector, dtype="<f4")
-    yield SubmitRequest(
-        header=SubmitHeader(
-            session=session,
-            round=number,
-            dtype=DTYPE_FLOAT32,
-            length=len(vector),
-            digest=hashlib.sha256(vector.tobytes()).digest(),
-            examples=update.examples,
-        )
-    )
-    for chunk in vectors.chunks(vector):
-        yield SubmitRequest(chunk=chunk)
+    """Take part over one connection; returns how many updates were accepted. As `Participation`."""
+    part = Participation(client, prepare, watch)
+    await part.attend(connection)
+    return part.accepted

@@ -34,6 +34,11 @@ class RunConfig(Textual):
         exceeded: what the verdict "bound exceeded" does: "warn", or "skip" the round (fail closed).
         server_lr: the server's learning rate.
         server_momentum: the server's momentum, in [0, 1).
+        wire: how vectors travel unless a client chooses: "float32", or "bfloat16" or "float16", half of
+            the bytes for a relative error of 2^-8 or 2^-11 in every value.
+        compression: of what travels, "none" or "zstd".
+        durability: what an acknowledged update survives: the death of any "process", or of the
+            "machine", at the price of waiting for the disk.
         shards: over how many processes the model's coordinates are spread.
         checkpoint_every: rounds between checkpoints; the last round always leaves one.
         malicious: in an experiment, how many clients (the first ones) are malicious.
@@ -54,6 +59,9 @@ class RunConfig(Textual):
     exceeded: str = "warn"
     server_lr: float = 1.0
     server_momentum: float = 0.0
+    wire: str = "float32"
+    compression: str = "none"
+    durability: str = "process"
     shards: int = 2
     checkpoint_every: int = 10
     malicious: int = 0
@@ -64,6 +72,9 @@ class RunConfig(Textual):
         parse_rule(self.rule)
         parse_attack(self.attack)
         choose(self.exceeded, ("warn", "skip"), "value of exceeded")
+        choose(self.wire, ("float32", "bfloat16", "float16"), "value of wire")
+        choose(self.compression, ("none", "zstd"), "value of compression")
+        choose(self.durability, ("process", "machine"), "value of durability")
         self.require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.run) is not None,
             "the run's name must be up to 64 letters, digits, '.', '_', '-', starting with one of the "

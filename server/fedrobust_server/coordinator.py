@@ -2,28 +2,39 @@
 
 One coordinator serves every transport. Remote clients reach it through the gateway, simulated ones
 call it directly, with the same messages; so what is simulated is what runs.
+
+Nothing that was acknowledged is lost. An update is in the round's spool and in the ledger before its
+receipt is sent; a round's updates stay until the state that they led to has been saved; and when shards
+are lost, they start anew from the state before the round, and read its updates again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import secrets
+import sqlite3
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from fedrobust_proto.v1 import vectors
 from fedrobust_proto.v1.federation_pb2 import (
-    DTYPE_FLOAT32,
+    COMPRESSION_NONE,
     Assignment,
     Chunk,
+    Compression,
+    DType,
     EnrolReply,
     EnrolRequest,
     ModelRequest,
+    ProgressReply,
+    ProgressRequest,
     Receipt,
     RoundsRequest,
     Status,
@@ -32,20 +43,39 @@ from fedrobust_proto.v1.federation_pb2 import (
     TensorSpec,
 )
 from fedrobust_proto.v1.federation_pb2 import Manifest as ManifestMessage
+from ray.exceptions import RayError
 
-from fedrobust import Aggregated, InputError, Verdict, aggregate_rows
+from fedrobust import Aggregated, InputError, Verdict, parse_rule
+from fedrobust.aggregate import combine, gram_of
+from fedrobust.rules import CoordinateWise
 from fedrobust.training import Evaluation, Manifest
 from fedrobust_server import round as machine
 from fedrobust_server.config import RunConfig
-from fedrobust_server.intake import read_header, receive
-from fedrobust_server.ledger import Answer, Ledger
+from fedrobust_server.intake import Upload, read_header, receive, unfit
+from fedrobust_server.ledger import Answer, Ledger, Standing
 from fedrobust_server.record import by_client, columns
 from fedrobust_server.round import Fault, Phase
-from fedrobust_server.shards import Floats, Shards, Upload
+from fedrobust_server.runs import RunFolder
+from fedrobust_server.shards import Shards
+from fedrobust_server.spool import Floats, Spool
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 4
+"""How often a round is worked out before losing shards ends the run."""
+_LEAVING = "the server stops; come back later"
+_SESSIONS = 4
+"""Sessions of one client at a time; a further one ends the oldest."""
 
 
 class DeniedError(Exception):
     """A call that cannot be answered at all: no such session, no such round."""
+
+
+class LeavingError(Exception):
+    """The server is going away, and will be back."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +102,53 @@ class RoundReport:
 
 
 @dataclass
-class _Client:
-    """One enrolled client: its assignments, and whether it is uploading."""
+class _Session:
+    """One connection's identity and what it is offered."""
 
-    name: str
+    client: str
     offers: asyncio.Queue[Assignment | None] = field(default_factory=asyncio.Queue)
-    uploading: bool = False
+
+
+@dataclass
+class _Round:
+    """What the machine does not know of the current round.
+
+    Attributes:
+        number: of the round.
+        slots: place of each client asked in the spool.
+        spool: where updates go, from `begun` on.
+        begun: set when updates can be taken.
+        norms: of the accepted updates.
+        digests: of the accepted updates.
+        refused: how many submissions did not count.
+        uploads: what each client has sent so far.
+        closes_at: on the loop's clock.
+    """
+
+    number: int = 0
+    slots: Mapping[str, int] = field(default_factory=dict)
+    spool: Spool | None = None
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    norms: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, bytes] = field(default_factory=dict)
+    refused: int = 0
+    uploads: dict[str, Upload] = field(default_factory=dict)
+    closes_at: float = 0.0
+
+    @classmethod
+    def of(cls, standing: Standing) -> _Round:
+        """The round that the ledger ends with."""
+        slots = {client: i for i, client in enumerate(standing.selected)}
+        current = cls(standing.round, slots)
+        current.norms = {client: norm for client, (_, norm) in standing.accepted.items()}
+        current.digests = {c: bytes.fromhex(digest) for c, (digest, _) in standing.accepted.items()}
+        return current
 
 
 class Coordinator:
     """A federation in progress. Its coroutines are called from one event loop."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the parts of a server)
         self,
         config: RunConfig,
         manifest: Manifest,
@@ -91,7 +156,9 @@ class Coordinator:
         ledger: Ledger,
         evaluate: Callable[[Floats], Evaluation],
         *,
-        checkpoint: Callable[[int, Floats], None],
+        folder: RunFolder,
+        state: tuple[Floats, Floats],
+        standing: Standing | None,
         watch: Callable[[RoundReport], None],
     ) -> None:
         """Put the parts together.
@@ -99,28 +166,36 @@ class Coordinator:
         Args:
             config: of the run.
             manifest: names and shapes of the model's tensors.
-            shards: hold the model.
+            shards: hold the model; started from `state`.
             ledger: takes the record.
             evaluate: judges a model; called in a thread.
-            checkpoint: saves a model after a round; called in a thread.
+            folder: of the run.
+            state: the model and the velocity that the run begins with, or goes on from.
+            standing: where it goes on; None begins it.
             watch: is told of every finished round.
         """
         task = config.task
         plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, task.seed)
         self._state = machine.State(plan)
-        self._config, self._shards, self._ledger = config, shards, ledger
-        self._evaluate, self._checkpoint, self._watch = evaluate, checkpoint, watch
+        self._standing, self._round, self._held = standing, _Round(), list[machine.Action]()
+        if standing is not None:  # before any client can join
+            self._round = _Round.of(standing)
+            self._state, actions = machine.step(self._state, _resumed(standing))
+            self._held = list(actions)
+        self._config, self._shards, self._ledger, self._folder = config, shards, ledger, folder
+        self._evaluate, self._watch, self._names = evaluate, watch, manifest
+        self._weighs = not isinstance(parse_rule(config.rule).rules[0], CoordinateWise)
+        self._encoding = vectors.encoding(config.wire, config.compression)
         self._manifest = ManifestMessage(
-            tensors=[TensorSpec(name=name, shape=shape) for name, shape in manifest],
-            dtype=DTYPE_FLOAT32,
+            tensors=[TensorSpec(name=name, shape=shape) for name, shape in manifest]
         )
-        self._model: Floats = shards.model()
-        self._clients: dict[bytes, _Client] = {}
+        self._model, self._velocity = state
+        self._packed: dict[tuple[DType, Compression], asyncio.Future[memoryview | list[Chunk]]] = {}
+        self._sessions: dict[bytes, _Session] = {}
         self._listening: Counter[str] = Counter()
-        self._norms: dict[str, float] = {}
-        self._refused = 0
-        self._closes_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._recorded: asyncio.Task[None] | None = None
+        self._judged: asyncio.Task[None] | None = None
         self._finished: asyncio.Future[None] | None = None
 
     async def run(self) -> Floats:
@@ -130,143 +205,219 @@ class Coordinator:
             Exception: whatever broke a round that is not the clients' fault.
         """
         self._finished = asyncio.get_running_loop().create_future()
+        if self._standing is not None:
+            await self._resume(self._standing)
         if self._state.phase is Phase.DONE:
-            self._finished.set_result(None)
+            self._finish()
         try:
             await self._finished
+            for last in (self._recorded, self._judged):
+                if last is not None:
+                    await last
         finally:
-            for client in self._clients.values():
-                client.offers.put_nowait(None)
+            self._round.begun.set()
+            for session in self._sessions.values():
+                session.offers.put_nowait(None)
             for task in self._tasks:
                 task.cancel()
         return self._model
 
+    def drain(self) -> None:
+        """Begin no further round; `run` returns when the current one is finished, or safely stored."""
+        self._happened(machine.Draining())
+
     # ---- what clients call ------------------------------------------------------------------------
 
-    async def enrol(self, request: EnrolRequest) -> EnrolReply:
+    async def enrol(self, request: EnrolRequest, identity: str | None = None) -> EnrolReply:
         """Join; answers with a session.
 
+        Args:
+            request: who asks.
+            identity: who that is for certain; None believes the request.
+
         Raises:
-            DeniedError: the name is not one that logs and files can carry.
+            DeniedError: the name is not one that logs and files can carry, or another's.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", request.client):
             raise DeniedError(
                 "a client's name must be up to 64 letters, digits, '.', '_' or '-', got "
                 f"{request.client[:64]!r}"
             )
+        if identity is not None and request.client != identity:
+            raise DeniedError(f"you are {identity!r} and cannot join as {request.client!r}")
         session = secrets.token_bytes(16)
-        self._clients[session] = _Client(request.client)
+        own = [key for key, other in self._sessions.items() if other.client == request.client]
+        for key in own[: 1 - _SESSIONS]:
+            self._sessions.pop(key).offers.put_nowait(None)
+        self._sessions[session] = _Session(request.client)
         return EnrolReply(
             session=session,
             federation=self._config.run,
             manifest=self._manifest,
             task=self._config.task.to_json(),
+            encoding=self._encoding,
         )
+
+    def owner(self, session: bytes) -> str | None:
+        """The client that a session belongs to; None for no session of ours."""
+        found = self._sessions.get(session)
+        return None if found is None else found.client
 
     async def rounds(self, request: RoundsRequest) -> AsyncGenerator[Assignment, None]:
         """Offer work to a client, for as long as it listens.
 
         Raises:
             DeniedError: unknown session.
+            LeavingError: the server stops before the run is over.
         """
-        client = self._client(request.session)
-        self._listening[client.name] += 1
-        self._happened(machine.Joined(client.name))
+        session = self._session(request.session)
+        self._listening[session.client] += 1
+        self._happened(machine.Joined(session.client))
         try:
             while self._state.phase is not Phase.DONE:
-                offer = await client.offers.get()
+                offer = await session.offers.get()
                 if offer is None:
-                    return
+                    break
                 yield offer
         finally:
-            self._listening[client.name] -= 1
-            if not self._listening[client.name]:  # it has not come back in the meantime
-                self._happened(machine.Left(client.name))
+            self._listening[session.client] -= 1
+            if not self._listening[session.client]:  # it has not come back in the meantime
+                self._happened(machine.Left(session.client))
+        if self._state.draining or self._state.phase is not Phase.DONE:
+            raise LeavingError(_LEAVING)
 
     async def model(self, request: ModelRequest) -> AsyncGenerator[Chunk, None]:
         """Stream the model that a round starts from; nothing if the round is not open (any more).
 
         Raises:
-            DeniedError: unknown session.
+            DeniedError: unknown session, or an encoding that is not understood.
         """
-        self._client(request.session)
+        self._session(request.session)
+        encoding = request.encoding
+        if encoding.dtype not in vectors.DTYPES or (
+            encoding.compression not in vectors.COMPRESSIONS.values()
+        ):
+            raise DeniedError(f"the encoding {encoding.dtype}, {encoding.compression} is not understood")
         if request.round != self._state.round or self._state.phase is not Phase.COLLECTING:
             return
-        for chunk in vectors.chunks(self._model):
-            yield chunk
+        key = encoding.dtype, encoding.compression
+        if key not in self._packed:  # once for all clients of the round
+            work = asyncio.to_thread(_packed, self._model, *key)
+            self._packed[key] = asyncio.ensure_future(work)
+        packed = await asyncio.shield(self._packed[key])
+        if isinstance(packed, list):
+            for chunk in packed:
+                if chunk.offset >= request.offset:
+                    yield chunk
+        else:
+            for chunk in vectors.chunks(packed, start=request.offset):
+                yield chunk
+
+    async def progress(self, request: ProgressRequest) -> ProgressReply:
+        """How much of an update is here; the connection that was sending it sends no more.
+
+        Raises:
+            DeniedError: unknown session.
+        """
+        client = self._session(request.session).client
+        if request.round == self._round.number and self._round.digests.get(client) == request.digest:
+            return ProgressReply(receipt=Receipt(status=Status.STATUS_ACCEPTED))
+        upload = self._round.uploads.get(client)
+        if (
+            request.round != self._round.number
+            or upload is None
+            or (upload.header.digest != request.digest)
+        ):
+            return ProgressReply()
+        await upload.take_over()
+        return ProgressReply(received=upload.received)
 
     async def submit(self, requests: AsyncIterator[SubmitRequest]) -> Receipt:
         """Take one update, chunk by chunk, and say what became of it.
 
         Raises:
             DeniedError: unknown session.
+            LeavingError: the server stops before the run is over.
         """
         header = await read_header(requests)
         if header is None:
             return Receipt(status=Status.STATUS_MALFORMED, reason="the stream must begin with a header")
-        client = self._client(header.session)
-        fault = machine.turn_fault(self._state, client.name, header.round)
-        if fault is None and client.uploading:
-            fault = Fault(Status.STATUS_DUPLICATE, f"{client.name} is already uploading")
+        client, current = self._session(header.session).client, self._round
+        if header.round == current.number and current.digests.get(client) == header.digest:
+            return Receipt(status=Status.STATUS_ACCEPTED)  # the first receipt was lost on its way
+        if current.number == header.round:
+            await current.begun.wait()
+        if self._state.draining:
+            raise LeavingError(_LEAVING)
+        fault = machine.turn_fault(self._state, client, header.round)
+        fault = fault or unfit(header, self._shards.size)
         if fault is not None:
             return self._answered(client, header, fault)
-        upload = self._shards.upload()
-        client.uploading, kept = True, False
+        upload = await self._upload(client, header, current)
         try:
-            fault, norm = await receive(requests, header, upload, self._shards.size)
-            receipt = self._answered(client, header, fault, norm, upload)
-            kept = receipt.status == Status.STATUS_ACCEPTED
+            fault = await receive(requests, upload, self._shards.write)
+            if fault is None and self._config.durability == "machine":
+                await asyncio.to_thread(upload.spool.sync)
         except asyncio.CancelledError:
             lost = Fault(Status.STATUS_TRUNCATED, "the connection was lost in the middle of the upload")
             self._answered(client, header, lost)
             raise
-        finally:
-            client.uploading = False
-            if not kept:
-                upload.discard()
-        return receipt
+        return self._answered(client, header, fault, upload)
 
     # ---- events and actions -----------------------------------------------------------------------
 
-    def _client(self, session: bytes) -> _Client:
+    def _session(self, key: bytes) -> _Session:
         try:
-            return self._clients[session]
+            return self._sessions[key]
         except KeyError:
             raise DeniedError("unknown session; enrol first") from None
 
+    async def _upload(self, client: str, header: SubmitHeader, current: _Round) -> Upload:
+        """The upload that a header goes on with, or a new one in the place of whatever there was."""
+        upload = current.uploads.get(client)
+        if upload is not None:
+            await upload.take_over()
+        if upload is None or not upload.continues(header):
+            if current.spool is None:
+                raise RuntimeError(f"round {current.number} has begun without a spool")
+            upload = Upload(header, current.slots[client], current.spool)
+            current.uploads[client] = upload
+        return upload
+
     def _answered(
-        self,
-        client: _Client,
-        header: SubmitHeader,
-        fault: Fault | None,
-        norm: float | None = None,
-        upload: Upload | None = None,
+        self, client: str, header: SubmitHeader, fault: Fault | None, upload: Upload | None = None
     ) -> Receipt:
         """Let the machine decide on a finished upload, record the answer, and phrase it."""
-        event = machine.Submitted(client.name, header.round, fault)
-        self._state, actions = machine.step(self._state, event)
-        answer, *rest = actions
+        event = machine.Submitted(client, header.round, fault)
+        state, (answer, *rest) = machine.step(self._state, event)
         fault = answer.fault if isinstance(answer, machine.Refuse) else None
         status = Status.STATUS_ACCEPTED if fault is None else fault.status
-        reason = "" if fault is None else fault.reason
-        if fault is None and upload is not None and norm is not None:
-            upload.accept(client.name)
-            self._norms[client.name] = norm
-        else:
-            self._refused += 1
-        self._ledger.answer(
-            Answer(
-                round=min(header.round, 2**62),
-                client=client.name,
-                status=Status.Name(status).removeprefix("STATUS_"),
-                reason=reason,
-                digest=header.digest.hex()[:64],
-                norm=norm if norm is not None and math.isfinite(norm) else None,
-                examples=min(header.examples, 2**62),
-            )
+        norm = None if upload is None else math.sqrt(upload.square)
+        record = Answer(
+            round=min(header.round, 2**62),
+            client=client,
+            status=Status.Name(status).removeprefix("STATUS_"),
+            reason="" if fault is None else fault.reason,
+            digest=header.digest.hex()[:64],
+            norm=norm if norm is not None and math.isfinite(norm) else None,
+            examples=min(header.examples, 2**62),
         )
+        try:
+            self._ledger.answer(record)
+        except sqlite3.OperationalError as error:  # the disk is full: nothing has happened
+            log.error("an answer to %s cannot be recorded: %s", client, error)  # noqa: TRY400
+            reason = f"the server cannot record updates: {error}"
+            return Receipt(status=Status.STATUS_UNAVAILABLE, reason=reason)
+        self._state = state
+        if fault is None and upload is not None and norm is not None:
+            self._round.norms[client], self._round.digests[client] = norm, header.digest
+            self._round.uploads.pop(client, None)
+            if self._weighs:
+                self._shards.complete(upload.slot)
+        else:
+            self._round.refused += 1
         self._perform(rest)
-        return Receipt(status=status, reason=reason)
+        return Receipt(status=status, reason=record.reason)
 
     def _happened(self, event: machine.Event) -> None:
         self._state, actions = machine.step(self._state, event)
@@ -276,37 +427,64 @@ class Coordinator:
         for action in actions:
             match action:
                 case machine.Open(number, clients):
-                    self._open(number, clients)
+                    self._round = _Round(number, {client: i for i, client in enumerate(clients)})
+                    self._spawn(self._begin(self._round))
+                    for client in clients:
+                        self._offer(number, client)
                 case machine.Offer(number, client):
                     self._offer(number, client)
                 case machine.Aggregate(number, clients):
                     self._spawn(self._aggregate(number, clients))
-                case machine.Skip(number, reason):
-                    self._spawn(self._settle(number, "skipped", reason))
+                case machine.Skip(_, reason):
+                    self._settle("skipped", reason)
                 case machine.Finish():
-                    if self._finished is not None and not self._finished.done():
-                        self._finished.set_result(None)
+                    self._finish()
 
-    def _open(self, number: int, clients: tuple[str, ...]) -> None:
-        self._norms.clear()
-        self._refused = 0
-        self._ledger.open_round(number, clients)
+    def _finish(self) -> None:
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_result(None)
+
+    def _count_down(self, number: int) -> None:
         loop = asyncio.get_running_loop()
-        self._closes_at = loop.time() + self._config.deadline
-        loop.call_at(self._closes_at, lambda: self._happened(machine.DeadlinePassed(number)))
-        for client in clients:
-            self._offer(number, client)
+        self._round.closes_at = loop.time() + self._config.deadline
+        loop.call_at(self._round.closes_at, lambda: self._happened(machine.DeadlinePassed(number)))
+
+    async def _begin(self, current: _Round) -> None:
+        """Make room for a round's updates, once the round before cannot be lost any more."""
+        if self._recorded is not None:
+            await self._recorded
+        current.spool = self._folder.spool(current.number, len(current.slots), self._shards.size)
+        await self._enduring(partial(self._shards.open, current.spool))
+        self._ledger.open_round(current.number, list(current.slots))
+        current.begun.set()
+        self._count_down(current.number)
+
+    async def _resume(self, standing: Standing) -> None:
+        """Go on where the ledger ends."""
+        current, number = self._round, standing.round
+        self._ledger.event(number, f"resumed with {len(current.norms)} updates")
+        if not standing.closed:
+            current.spool = self._folder.spool(number, len(current.slots), self._shards.size)
+            await self._enduring(self._restore)
+            current.begun.set()
+        else:
+            await self._keep(number, self._model)
+        self._count_down(number)
+        self._perform(self._held)
 
     def _offer(self, number: int, name: str) -> None:
-        left = max(self._closes_at - asyncio.get_running_loop().time(), 0.0)
-        for client in self._clients.values():
-            if client.name == name:
-                client.offers.put_nowait(Assignment(round=number, seconds_left=left))
+        left = self._config.deadline
+        if self._round.begun.is_set():
+            left = max(self._round.closes_at - asyncio.get_running_loop().time(), 0.0)
+        for session in self._sessions.values():
+            if session.client == name:
+                session.offers.put_nowait(Assignment(round=number, seconds_left=left))
 
-    def _spawn(self, work: Any) -> None:  # noqa: ANN401 (a coroutine)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         """A task that broke is a fault of the server's: stop the run rather than hang."""
@@ -315,55 +493,143 @@ class Coordinator:
         if error and self._finished is not None and not self._finished.done():
             self._finished.set_exception(error)
 
+    # ---- the end of a round -----------------------------------------------------------------------
+
     async def _aggregate(self, number: int, clients: tuple[str, ...]) -> None:
         """Combine a closed round's updates and move the model."""
-        norms = np.array([self._norms[client] for client in clients])
+        self._ledger.collect(number)
         try:
-            result = await asyncio.to_thread(
-                aggregate_rows,
-                self._shards.rows(clients),
-                self._config.rule,
-                np.ones(len(clients)),
-                norms,
-                self._config.eps,
-                number,
-            )
+            result, state = await self._enduring(partial(self._combine, number, clients))
         except InputError as error:  # too few clients for the rule: the round's fault, not the run's
-            await self._settle(number, "skipped", str(error))
+            self._settle("skipped", str(error))
             return
-        if result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
-            await self._settle(number, "skipped", result.verdict.value, result, clients)
+        if state is None:
+            self._settle("skipped", result.verdict.value, result, clients)
             return
-        await asyncio.to_thread(self._shards.step)
-        await self._settle(number, "aggregated", "", result, clients)
+        self._model, self._velocity = state
+        self._packed = {}
+        self._settle("aggregated", "", result, clients)
 
-    async def _settle(
+    def _combine(
+        self, number: int, clients: tuple[str, ...]
+    ) -> tuple[Aggregated, tuple[Floats, Floats] | None]:
+        """The robust mean of these clients' updates, and the state that it leads to, if it may."""
+        slots = [self._round.slots[client] for client in clients]
+        rows, shares = self._shards.rows(slots), np.ones(len(clients))
+        squares = np.array([self._round.norms[client] for client in clients]) ** 2
+        matrix = None
+        if self._weighs:
+            matrix = self._shards.gram(slots)
+            squares = np.diag(matrix).copy()
+        gram = gram_of(rows, shares, squares, number, matrix=matrix)
+        gram = replace(gram, width=self._shards.size)
+        result = combine(rows, self._config.rule, gram, self._config.eps)
+        if result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
+            return result, None
+        return result, self._shards.step()
+
+    async def _enduring(self, work: Callable[[], T]) -> T:
+        """Do what needs shards, in a thread; bring them back if some are lost, and do it again."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                if attempt:
+                    await asyncio.to_thread(self._restore)
+                return await asyncio.to_thread(work)
+            except RayError as error:
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+                what = f"shards were lost and are started anew: {type(error).__name__}"
+                log.warning("round %d: %s", self._round.number, what)
+                self._ledger.event(self._round.number, what)
+        raise AssertionError("unreachable")
+
+    def _restore(self) -> None:
+        """All shards as they were: the state before the round, and the accepted updates."""
+        self._shards.start(self._model, self._velocity)
+        if self._round.spool is not None:
+            self._shards.open(self._round.spool)
+            accepted = sorted(self._round.slots[client] for client in tuple(self._round.norms))
+            self._shards.replay(self._round.spool, accepted)
+
+    def _settle(
         self,
-        number: int,
         outcome: str,
         reason: str,
         result: Aggregated | None = None,
         clients: tuple[str, ...] = (),
     ) -> None:
-        """Record a round's end and go on to the next."""
-        await asyncio.to_thread(self._shards.clear)
-        self._model = await asyncio.to_thread(self._shards.model)
-        evaluation = await asyncio.to_thread(self._evaluate, self._model)
-        figures: dict[str, Any] = {
-            "outcome": outcome,
-            "reason": reason,
-            "accuracy": evaluation.accuracy,
-            "loss": evaluation.loss,
-        }
+        """Go on to the next round, and record this one meanwhile."""
+        current = self._round
+        moved = self._model if outcome == "aggregated" else None
+        figures: dict[str, Any] = {"outcome": outcome, "reason": reason}
         weights: Mapping[str, float] = {}
         scores: Mapping[str, float] = {}
         if result is not None:
             figures |= columns(result)
             weights, scores = by_client(clients, result)
-        self._ledger.close_round(number, figures, weights, scores)
-        if number % self._config.checkpoint_every == 0 or number == self._config.rounds:
-            await asyncio.to_thread(self._checkpoint, number, self._model)
-        self._watch(
-            RoundReport(number, outcome, reason, len(self._norms), self._refused, result, evaluation)
+        record = self._record(current, figures, weights, scores, moved=moved is not None)
+        self._recorded = self._spawn(record)
+        report = partial(
+            RoundReport, current.number, outcome, reason, len(current.norms), current.refused, result
         )
-        self._happened(machine.Settled(number))
+        judge = self._judge(current.number, self._model, report, self._recorded, self._judged)
+        self._judged = self._spawn(judge)
+        self._happened(machine.Settled(current.number))
+
+    async def _record(
+        self,
+        current: _Round,
+        figures: dict[str, Any],
+        weights: Mapping[str, float],
+        scores: Mapping[str, float],
+        *,
+        moved: bool,
+    ) -> None:
+        """Save what a round led to; only then its updates go."""
+        for upload in current.uploads.values():
+            await upload.take_over()
+        if moved:
+            state = self._model, self._velocity
+            figures["state"] = await asyncio.to_thread(self._folder.save_state, current.number, *state)
+        self._ledger.close_round(current.number, figures, weights, scores)
+        if current.spool is not None:
+            current.spool.remove()
+
+    async def _judge(
+        self,
+        number: int,
+        model: Floats,
+        report: Callable[[Evaluation], RoundReport],
+        recorded: asyncio.Task[None],
+        before: asyncio.Task[None] | None,
+    ) -> None:
+        """Look at the model after a round, and tell; one round after the other."""
+        if before is not None:
+            await before
+        await recorded
+        self._watch(report(await self._keep(number, model)))
+
+    async def _keep(self, number: int, model: Floats) -> Evaluation:
+        """Evaluate the model after a round, and keep it if it is one to keep."""
+        evaluation = await asyncio.to_thread(self._evaluate, model)
+        self._ledger.judge(number, evaluation.accuracy, evaluation.loss)
+        if number % self._config.checkpoint_every == 0 or number == self._config.rounds:
+            await asyncio.to_thread(self._folder.checkpoint, number, model, self._names)
+        return evaluation
+
+
+def _resumed(standing: Standing) -> machine.Resumed:
+    return machine.Resumed(
+        standing.round,
+        frozenset(standing.selected),
+        frozenset(standing.accepted),
+        standing.failed,
+        collected=standing.collected,
+        closed=standing.closed,
+    )
+
+
+def _packed(model: Floats, dtype: DType, compression: Compression) -> memoryview | list[Chunk]:
+    """A model ready to travel: its bytes, or its compressed chunks."""
+    data = vectors.pack(model, dtype)
+    return data if compression == COMPRESSION_NONE else list(vectors.chunks(data, compression))

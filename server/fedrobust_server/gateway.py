@@ -16,13 +16,15 @@ from fedrobust_proto.v1.federation_pb2 import (
     EnrolReply,
     EnrolRequest,
     ModelRequest,
+    ProgressReply,
+    ProgressRequest,
     Receipt,
     RoundsRequest,
     SubmitRequest,
 )
 
 from fedrobust import InputError
-from fedrobust_server.coordinator import Coordinator, DeniedError
+from fedrobust_server.coordinator import Coordinator, DeniedError, LeavingError
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,6 +50,10 @@ class Gateway(federation_pb2_grpc.FederationServicer):
         """Download the model."""
         async for chunk in _stream_or_abort(context, self._coordinator.model(request)):
             yield chunk
+
+    async def Progress(self, request: ProgressRequest, context: Context) -> ProgressReply:  # noqa: N802
+        """Ask what is here of an update."""
+        return await _or_abort(context, lambda: self._coordinator.progress(request))
 
     async def Submit(  # noqa: N802
         self, request_iterator: AsyncIterator[SubmitRequest], context: Context
@@ -107,6 +113,9 @@ async def _or_abort(context: Context, call: Callable[[], Awaitable[T]]) -> T:
     except DeniedError as error:
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         raise
+    except LeavingError as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        raise
 
 
 async def _stream_or_abort(context: Context, stream: AsyncGenerator[T, None]) -> AsyncIterator[T]:
@@ -116,3 +125,5 @@ async def _stream_or_abort(context: Context, stream: AsyncGenerator[T, None]) ->
                 yield item
     except DeniedError as error:
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    except LeavingError as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))

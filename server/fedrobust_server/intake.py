@@ -1,17 +1,120 @@
-"""Takes one update off the wire: checks what it can see of it, and passes it on to the shards."""
+"""Takes one update off the wire: checks what can be seen of it, and stores it as it comes."""
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
+from blake3 import blake3
 from fedrobust_proto.v1 import vectors
-from fedrobust_proto.v1.federation_pb2 import DType, Status, SubmitHeader, SubmitRequest
+from fedrobust_proto.v1.federation_pb2 import Chunk, DType, Status, SubmitHeader, SubmitRequest
 
 from fedrobust_server.round import Fault
-from fedrobust_server.shards import Upload
+from fedrobust_server.spool import Floats, Spool
+
+# Decompressing, hashing and storing leave the event loop to the other clients. Subnormal numbers, which
+# slow arithmetic down a hundredfold, are taken for zero.
+_WORKERS = ThreadPoolExecutor(2, "intake", torch.set_flush_denormal, (True,))
+
+
+class RefusedError(Exception):
+    """An upload cannot go on; the fault says why."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.fault = Fault(status, reason)
+
+
+@dataclass
+class Upload:
+    """One client's update of a round, as far as it has come.
+
+    Attributes:
+        header: what the client said was coming.
+        slot: its place in the spool.
+        spool: where its values go.
+        received: bytes that are there, uncompressed.
+        square: the squared norm of the values that are there.
+        generation: which of the client's connections is sending; a later one takes over.
+        at_work: the chunk that is being stored.
+    """
+
+    header: SubmitHeader
+    slot: int
+    spool: Spool
+    received: int = 0
+    square: float = 0.0
+    generation: int = 0
+    at_work: asyncio.Future[tuple[int, Floats]] | None = None
+    _digest: Any = field(default_factory=blake3)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole update, uncompressed."""
+        return self.header.length * vectors.item_bytes(self.header.encoding.dtype)
+
+    @property
+    def fault(self) -> Fault | None:
+        """What is wrong with the update, which is complete, if anything is."""
+        if self._digest.digest() != self.header.digest:
+            return Fault(
+                Status.STATUS_WRONG_DIGEST, "the bytes do not have the digest that the header gave"
+            )
+        if not math.isfinite(self.square):
+            return Fault(Status.STATUS_NON_FINITE, "the update holds values that are not finite")
+        return None
+
+    def continues(self, header: SubmitHeader) -> bool:
+        """Whether a header announces the rest of this update."""
+        own = self.header
+        same = header.digest == own.digest and header.encoding == own.encoding
+        return same and header.offset == self.received
+
+    async def take_over(self) -> None:
+        """Let no earlier connection store any more, and wait until what it was storing is there."""
+        self.generation += 1
+        if self.at_work is not None:
+            await asyncio.wait([self.at_work])
+
+    def take(self, chunk: Chunk) -> tuple[int, Floats]:
+        """Store the next chunk; returns where its values start, and the values.
+
+        Raises:
+            RefusedError: a gap, bytes that cannot be read, or too many of them.
+            OSError: it could not be stored; the upload is as before.
+        """
+        encoding = self.header.encoding
+        if chunk.offset != self.received:
+            raise RefusedError(
+                Status.STATUS_MALFORMED,
+                f"expected a chunk at byte {self.received}, in order and without gaps",
+            )
+        try:
+            data = vectors.expand(chunk.data, encoding.compression)
+        except ValueError as error:
+            raise RefusedError(Status.STATUS_MALFORMED, str(error)) from None
+        item = vectors.item_bytes(encoding.dtype)
+        if not data or len(data) % item:
+            raise RefusedError(
+                Status.STATUS_MALFORMED,
+                f"a chunk must hold whole values of {item} bytes, got {len(data)} bytes",
+            )
+        if self.received + len(data) > self.total:
+            raise RefusedError(
+                Status.STATUS_WRONG_LENGTH, f"more than the {self.total} bytes that the header declared"
+            )
+        values, start = vectors.unpack(data, encoding.dtype), self.received // item
+        self.spool.write(self.slot, start, values)
+        self._digest.update(data)
+        self.square += _squared_norm(values)
+        self.received += len(data)
+        return start, values
 
 
 async def read_header(requests: AsyncIterator[SubmitRequest]) -> SubmitHeader | None:
@@ -21,33 +124,16 @@ async def read_header(requests: AsyncIterator[SubmitRequest]) -> SubmitHeader | 
     return None
 
 
-async def receive(
-    requests: AsyncIterator[SubmitRequest], header: SubmitHeader, upload: Upload, size: int
-) -> tuple[Fault | None, float | None]:
-    """Take in an update.
-
-    Args:
-        requests: what follows the header.
-        header: what the client says is coming.
-        upload: where it goes.
-        size: how many coordinates the model has.
-
-    Returns:
-        What is wrong with it, if anything is, and its norm, if it is complete.
-    """
-    fault = _unfit(header, size) or await _pass_on(requests, header, upload)
-    if fault is not None:
-        return fault, None
-    norm = math.sqrt(await upload.measure())
-    if not math.isfinite(norm):
-        return Fault(Status.STATUS_NON_FINITE, "the update holds values that are not finite"), None
-    return None, norm
-
-
-def _unfit(header: SubmitHeader, size: int) -> Fault | None:
-    if header.dtype not in vectors.NUMPY_DTYPES:
-        known = ", ".join(DType.Name(dtype) for dtype in vectors.NUMPY_DTYPES)
-        return Fault(Status.STATUS_WRONG_DTYPE, f"dtype {header.dtype} is not understood, only {known}")
+def unfit(header: SubmitHeader, size: int) -> Fault | None:
+    """What is wrong with what a client says is coming, for a model of `size` coordinates."""
+    encoding = header.encoding
+    if encoding.dtype not in vectors.DTYPES:
+        known = ", ".join(DType.Name(dtype) for dtype in vectors.DTYPES)
+        return Fault(
+            Status.STATUS_WRONG_DTYPE, f"dtype {encoding.dtype} is not understood, only {known}"
+        )
+    if encoding.compression not in vectors.COMPRESSIONS.values():
+        return Fault(Status.STATUS_MALFORMED, f"compression {encoding.compression} is not understood")
     if header.length != size:
         return Fault(
             Status.STATUS_WRONG_LENGTH, f"the update has {header.length} coordinates, the model {size}"
@@ -55,36 +141,55 @@ def _unfit(header: SubmitHeader, size: int) -> Fault | None:
     return None
 
 
-async def _pass_on(
-    requests: AsyncIterator[SubmitRequest], header: SubmitHeader, upload: Upload
+async def receive(
+    requests: AsyncIterator[SubmitRequest],
+    upload: Upload,
+    forward: Callable[[int, int, Floats], None],
 ) -> Fault | None:
-    """Send the chunks to the shards; what is wrong with them, if anything is."""
-    dtype = vectors.NUMPY_DTYPES[header.dtype]
-    total, received = header.length * dtype.itemsize, 0
-    digest = hashlib.sha256()
-    async for request in requests:
-        chunk = request.chunk
-        if request.WhichOneof("part") != "chunk" or chunk.offset != received:
-            return Fault(
-                Status.STATUS_MALFORMED,
-                f"expected a chunk at byte {received}, in order and without gaps",
-            )
-        if not chunk.data or len(chunk.data) % dtype.itemsize:
-            return Fault(
-                Status.STATUS_MALFORMED,
-                f"a chunk must hold whole values of {dtype.itemsize} bytes, got {len(chunk.data)} bytes",
-            )
-        if received + len(chunk.data) > total:
-            return Fault(
-                Status.STATUS_WRONG_LENGTH, f"more than the {total} bytes that the header declared"
-            )
-        digest.update(chunk.data)
-        await upload.write(received // dtype.itemsize, np.frombuffer(chunk.data, dtype))
-        received += len(chunk.data)
-    if received < total:
+    """Take in what follows the header, until it ends or a later connection takes over.
+
+    Args:
+        requests: chunks.
+        upload: continues where it stands.
+        forward: is given the slot, the first coordinate and the values of every chunk, in order.
+
+    Returns:
+        What is wrong with the update, if anything is.
+    """
+    loop, generation = asyncio.get_running_loop(), upload.generation
+    at_work: asyncio.Future[tuple[int, Floats]] | None = None
+    try:
+        async for request in requests:
+            if at_work is not None:  # the next chunk came in while this one was stored
+                forward(upload.slot, *await at_work)
+            if upload.generation != generation:
+                return Fault(Status.STATUS_TRUNCATED, "another connection has taken this upload over")
+            if request.WhichOneof("part") != "chunk":
+                return Fault(Status.STATUS_MALFORMED, "only chunks may follow the header")
+            at_work = loop.run_in_executor(_WORKERS, upload.take, request.chunk)
+            upload.at_work = at_work
+        if at_work is not None:
+            forward(upload.slot, *await at_work)
+    except RefusedError as error:
+        return error.fault
+    except OSError as error:
+        return Fault(Status.STATUS_UNAVAILABLE, f"the server cannot store updates: {error.strerror}")
+    finally:
+        if at_work is not None:
+            await asyncio.wait([at_work])
+    if upload.received < upload.total:
         return Fault(
-            Status.STATUS_TRUNCATED, f"the stream ended after {received} of {total} bytes; send it again"
+            Status.STATUS_TRUNCATED,
+            f"the stream ended after {upload.received} of {upload.total} bytes; send the rest",
         )
-    if digest.digest() != header.digest:
-        return Fault(Status.STATUS_WRONG_DIGEST, "the bytes do not have the digest that the header gave")
-    return None
+    return await loop.run_in_executor(_WORKERS, lambda: upload.fault)
+
+
+def _squared_norm(values: Floats) -> float:
+    """Not finite if, and only if, some value is not. einsum, because BLAS would start threads."""
+    with np.errstate(all="ignore"):
+        square = float(np.einsum("i,i->", values, values))
+        if not math.isfinite(square):  # perhaps it is no float32, and the values are
+            exact = values.astype(np.float64)
+            square = float(np.einsum("i,i->", exact, exact))
+    return square

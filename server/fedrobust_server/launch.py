@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import ray
 import torch
@@ -20,8 +21,10 @@ from fedrobust.data import Dataset, load
 from fedrobust.training import Evaluation, evaluate, load_vector, manifest, to_vector
 from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import Coordinator, RoundReport
+from fedrobust_server.round import KEEPS_TURN
 from fedrobust_server.runs import RunFolder
-from fedrobust_server.shards import Floats, Shards
+from fedrobust_server.shards import Shards
+from fedrobust_server.spool import Floats
 
 
 @dataclass(frozen=True)
@@ -91,45 +94,48 @@ def _descendants() -> set[psutil.Process]:
 @contextlib.contextmanager
 def federation(
     config: RunConfig,
+    folder: RunFolder,
     *,
     data_dir: Path | None,
-    runs: Path,
     ray_address: str | None,
     watch: Callable[[RoundReport], None],
 ) -> Iterator[Federation]:
-    """Check everything, make the run's folder, start Ray, and put the federation together.
+    """Start Ray and put a federation together, at its beginning or where its ledger ends.
 
     Args:
         config: of the run.
+        folder: of the run.
         data_dir: where datasets are; None reads FEDROBUST_DATA.
-        runs: the folder in which the run's own is made.
         ray_address: a Ray cluster to join; None starts one on this machine.
         watch: is told of every finished round.
 
     Raises:
-        InputError: the dataset is not there, or the run is.
+        InputError: the dataset is not there, or what was saved cannot be gone on with.
     """
     dataset = load(config.task.dataset, data_dir)
     module = config.task.build_model(dataset)
-    names = manifest(module)
-    folder = RunFolder.create(runs, config)
-    with contextlib.closing(folder.ledger()) as ledger, start_ray(ray_address):
-        shards = Shards(
-            to_vector(module).numpy(),
-            config.shards,
-            lr=config.server_lr,
-            momentum=config.server_momentum,
-        )
-        coordinator = Coordinator(
-            config,
-            names,
-            shards,
-            ledger,
-            partial(_judge, module, dataset),
-            checkpoint=lambda number, model: folder.checkpoint(number, model, names),
-            watch=watch,
-        )
-        yield Federation(coordinator, folder)
+    names, first = manifest(module), to_vector(module).numpy()
+    shards = Shards(len(first), config.shards, lr=config.server_lr, momentum=config.server_momentum)
+    with contextlib.closing(folder.ledger(sync=config.durability == "machine")) as ledger:
+        standing = ledger.standing(KEEPS_TURN)
+        state = first, np.zeros_like(first)
+        if standing is not None and standing.state:
+            state = folder.load_state(standing.state_round, standing.state, len(first))
+        with start_ray(ray_address):
+            shards.start(*state)
+            coordinator = Coordinator(
+                config,
+                names,
+                shards,
+                ledger,
+                partial(_judge, module, dataset),
+                folder=folder,
+                state=state,
+                standing=standing,
+                watch=watch,
+            )
+            yield Federation(coordinator, folder)
+            shards.stop()
 
 
 def _judge(module: torch.nn.Module, dataset: Dataset, model: Floats) -> Evaluation:

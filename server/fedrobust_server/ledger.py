@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedrobust_proto.v1.federation_pb2 import Status
+
 from fedrobust import InputError
 
-VERSION = 1
+VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE rounds (
     round INTEGER PRIMARY KEY,
     opened REAL NOT NULL,       -- seconds since 1970
-    selected TEXT NOT NULL,     -- JSON list of clients
-    closed REAL,
+    selected TEXT NOT NULL,     -- JSON list of clients; a client's slot is its place in it
+    collected REAL,             -- when it closed to further updates
+    closed REAL,                -- when it had been dealt with
+    state TEXT,                 -- BLAKE3 of the server's state after it, hexadecimal
     outcome TEXT,               -- aggregated | skipped
     reason TEXT,
     verdict TEXT,
@@ -47,6 +51,30 @@ CREATE TABLE answers (
     score REAL
 );
 CREATE INDEX answers_by_round ON answers (round, client);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY,
+    at REAL NOT NULL,
+    round INTEGER NOT NULL,
+    what TEXT NOT NULL          -- a fault that was survived, a resumption, in words
+);
+CREATE TABLE suspicion (
+    round INTEGER NOT NULL,
+    client TEXT NOT NULL,
+    evidence REAL,              -- of this round
+    suspicion REAL,             -- gathered over rounds
+    state TEXT,
+    until INTEGER,              -- the last round that the client is excluded from
+    PRIMARY KEY (round, client)
+);
+CREATE TABLE overrides (
+    id INTEGER PRIMARY KEY,
+    at REAL NOT NULL,
+    client TEXT NOT NULL,
+    action TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    who TEXT NOT NULL,
+    applied INTEGER             -- the round from which it counts
+);
 """
 
 
@@ -63,10 +91,39 @@ class Answer:
     examples: int = 0
 
 
-class Ledger:
-    """An append-only record of a run; one writer."""
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stood when its server ended.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        round: the last round that began.
+        selected: who was asked in it, in the order of their slots.
+        accepted: the updates that count: client to digest, hexadecimal, and norm.
+        failed: whose turn in it is lost.
+        collected: whether it had closed to further updates.
+        closed: whether it had been dealt with.
+        state_round: the last round that moved the model, 0 before the first.
+        state: digest of the server's state after that, hexadecimal; empty before the first.
+    """
+
+    round: int
+    selected: tuple[str, ...]
+    accepted: Mapping[str, tuple[str, float]]
+    failed: frozenset[str]
+    collected: bool
+    closed: bool
+    state_round: int
+    state: str
+
+
+class Ledger:
+    """An append-only record of a run; one writer.
+
+    What a method was told survives the death of the process once it has returned, and a loss of power
+    as well where `sync` was asked for.
+    """
+
+    def __init__(self, path: Path, *, sync: bool = False) -> None:
         """Open the ledger, or begin one.
 
         Raises:
@@ -82,6 +139,7 @@ class Ledger:
             raise InputError(f"{path} is a ledger of version {version}; this program needs {VERSION}")
         self._db.row_factory = sqlite3.Row
         self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if sync else 'NORMAL'}")
         if empty:
             with self._db:
                 self._db.executescript(_SCHEMA)
@@ -113,6 +171,25 @@ class Ledger:
                 ),
             )
 
+    def collect(self, number: int) -> None:
+        """A round closes to further updates."""
+        with self._db:
+            self._db.execute("UPDATE rounds SET collected = ? WHERE round = ?", (time.time(), number))
+
+    def event(self, number: int, what: str) -> None:
+        """Something happened in a round that an operator should know of."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO events (at, round, what) VALUES (?, ?, ?)", (time.time(), number, what)
+            )
+
+    def judge(self, number: int, accuracy: float, loss: float) -> None:
+        """The model after a round has been evaluated."""
+        with self._db:
+            self._db.execute(
+                "UPDATE rounds SET accuracy = ?, loss = ? WHERE round = ?", (accuracy, loss, number)
+            )
+
     def close_round(
         self,
         number: int,
@@ -141,6 +218,42 @@ class Ledger:
     def answers(self) -> list[dict[str, Any]]:
         """All answers in order of arrival, as columns by name."""
         return [dict(row) for row in self._db.execute("SELECT * FROM answers ORDER BY id")]
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events in order, as columns by name."""
+        return [dict(row) for row in self._db.execute("SELECT * FROM events ORDER BY id")]
+
+    def standing(self, keeps_turn: Collection[Status]) -> Standing | None:
+        """Where the run stands; None before its first round.
+
+        Args:
+            keeps_turn: answers that leave a client its turn.
+        """
+        last = self._db.execute("SELECT * FROM rounds ORDER BY round DESC LIMIT 1").fetchone()
+        if last is None:
+            return None
+        answers = self._db.execute(
+            "SELECT client, status, digest, norm FROM answers WHERE round = ?", (last["round"],)
+        ).fetchall()
+        moved = self._db.execute(
+            "SELECT round, state FROM rounds WHERE state IS NOT NULL ORDER BY round DESC LIMIT 1"
+        ).fetchone()
+        selected = tuple(json.loads(last["selected"]))
+        accepted = {
+            a["client"]: (a["digest"], a["norm"] or 0.0) for a in answers if a["status"] == "ACCEPTED"
+        }
+        kept = {"ACCEPTED", *(Status.Name(status).removeprefix("STATUS_") for status in keeps_turn)}
+        lost = {a["client"] for a in answers if a["status"] not in kept}
+        return Standing(
+            round=last["round"],
+            selected=selected,
+            accepted=accepted,
+            failed=frozenset(lost & set(selected)) - accepted.keys(),
+            collected=last["collected"] is not None,
+            closed=last["closed"] is not None,
+            state_round=moved["round"] if moved else 0,
+            state=moved["state"] if moved else "",
+        )
 
     def close(self) -> None:
         """Close the file."""

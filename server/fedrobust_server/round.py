@@ -47,6 +47,10 @@ class State:
         selected: clients asked in this round.
         accepted: clients whose update counts in this round.
         failed: clients whose turn in this round is lost.
+        awaited: clients that the server knew before it was resumed, and that have not come back yet; the
+            next round begins when they have, or a deadline later.
+        excluded: clients that are not asked.
+        draining: whether no further round begins.
     """
 
     plan: Plan
@@ -56,6 +60,9 @@ class State:
     selected: frozenset[str] = frozenset()
     accepted: frozenset[str] = frozenset()
     failed: frozenset[str] = frozenset()
+    awaited: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
+    draining: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,40 @@ class Settled:
     round: int
 
 
-Event = Joined | Left | Submitted | DeadlinePassed | Settled
+@dataclass(frozen=True)
+class Resumed:
+    """The server is back, in or after a round that is known from the ledger.
+
+    Attributes:
+        round: its number.
+        selected: who was asked.
+        accepted: whose update counts.
+        failed: whose turn is lost.
+        collected: whether the round had been closed to further updates.
+        closed: whether it had been dealt with.
+    """
+
+    round: int
+    selected: frozenset[str]
+    accepted: frozenset[str]
+    failed: frozenset[str]
+    collected: bool = False
+    closed: bool = False
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """These clients, and no others, are not asked from the next round on."""
+
+    clients: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Draining:
+    """The server is to stop: no further round begins."""
+
+
+Event = Joined | Left | Submitted | DeadlinePassed | Settled | Resumed | Excluded | Draining
 
 
 @dataclass(frozen=True)
@@ -160,28 +200,46 @@ class Finish:
 
 Action = Open | Offer | Accept | Refuse | Aggregate | Skip | Finish
 
-_KEEPS_TURN = {Status.STATUS_TRUNCATED, Status.STATUS_LATE, Status.STATUS_DUPLICATE}
+KEEPS_TURN = {
+    Status.STATUS_TRUNCATED,
+    Status.STATUS_LATE,
+    Status.STATUS_DUPLICATE,
+    Status.STATUS_UNAVAILABLE,
+}
+"""Answers after which a client may submit again while the round is open."""
 
 
-def step(state: State, event: Event) -> tuple[State, Sequence[Action]]:
+def step(state: State, event: Event) -> tuple[State, Sequence[Action]]:  # noqa: C901, PLR0911 (one case an event)
     """What one event does to the federation."""
     match event:
         case Joined(client):
-            return _joined(replace(state, present=state.present | {client}), client)
+            awaited = state.awaited - {client}
+            return _joined(replace(state, present=state.present | {client}, awaited=awaited), client)
         case Left(client):
             return _close_if_answered(replace(state, present=state.present - {client}))
         case Submitted():
             return _submitted(state, event)
-        case DeadlinePassed(number):
-            if state.phase is Phase.COLLECTING and number == state.round:
+        case DeadlinePassed(number) if number == state.round:
+            state = replace(state, awaited=frozenset())
+            if state.phase is Phase.COLLECTING:
                 return _close(state)
+            if state.phase is Phase.WAITING:
+                return _open(state)
         case Settled(number):
             if state.phase is Phase.AGGREGATING and number == state.round:
                 return _open(state)
+        case Resumed():
+            return _resumed(state, event)
+        case Excluded(clients):
+            return replace(state, excluded=clients), []
+        case Draining():
+            state = replace(state, draining=True)
+            if state.phase in {Phase.WAITING, Phase.COLLECTING}:  # what has come in is kept
+                return replace(state, phase=Phase.DONE), [Finish()]
     return state, []
 
 
-def turn_fault(state: State, client: str, number: int) -> Fault | None:
+def turn_fault(state: State, client: str, number: int) -> Fault | None:  # noqa: PLR0911 (one a fault)
     """Why this client may not submit for this round just now; None if it may."""
     if number > state.round:
         return Fault(
@@ -189,6 +247,8 @@ def turn_fault(state: State, client: str, number: int) -> Fault | None:
         )
     if number < state.round or state.phase is not Phase.COLLECTING:
         return Fault(Status.STATUS_LATE, f"round {number} is closed")
+    if client in state.excluded:
+        return Fault(Status.STATUS_EXCLUDED, f"{client} is excluded from round {number}")
     if client not in state.selected:
         return Fault(Status.STATUS_NOT_SELECTED, f"{client} was not asked in round {number}")
     if client in state.accepted:
@@ -212,18 +272,34 @@ def _submitted(state: State, event: Submitted) -> tuple[State, Sequence[Action]]
         state = replace(state, accepted=state.accepted | {event.client})
         answer: Action = Accept(event.client)
     else:
-        if fault.status not in _KEEPS_TURN and fault is event.fault:
+        if fault.status not in KEEPS_TURN and fault is event.fault:
             state = replace(state, failed=state.failed | {event.client})
         answer = Refuse(event.client, fault)
     state, actions = _close_if_answered(state)
     return state, [answer, *actions]
 
 
+def _resumed(state: State, event: Resumed) -> tuple[State, Sequence[Action]]:
+    state = replace(
+        state,
+        phase=Phase.COLLECTING,
+        round=event.round,
+        selected=event.selected,
+        accepted=event.accepted,
+        failed=event.failed,
+        awaited=event.selected,
+    )
+    if event.closed:
+        return _open(state)
+    return _close(state) if event.collected else _close_if_answered(state)
+
+
 def _close_if_answered(state: State) -> tuple[State, Sequence[Action]]:
-    waiting_for = (state.selected & state.present) - state.accepted - state.failed
+    here = state.present | state.awaited
+    waiting_for = (state.selected & here) - state.accepted - state.failed
     if state.phase is not Phase.COLLECTING or waiting_for:
         return state, []
-    if len(state.accepted) < _quorum(state) and state.selected - state.present:
+    if len(state.accepted) < _quorum(state) and state.selected - here:
         return state, []  # those who left may come back before the deadline
     return _close(state)
 
@@ -238,9 +314,10 @@ def _close(state: State) -> tuple[State, Sequence[Action]]:
 
 
 def _open(state: State) -> tuple[State, Sequence[Action]]:
-    if state.round == state.plan.rounds:
+    if state.draining or state.round == state.plan.rounds:
         return replace(state, phase=Phase.DONE), [Finish()]
-    if len(state.present) < (state.plan.needed if state.round == 0 else 1):
+    willing = state.present - state.excluded
+    if state.awaited or len(willing) < (state.plan.needed if state.round == 0 else 1):
         return replace(state, phase=Phase.WAITING), []
     number = state.round + 1
     selected = _select(state, number)
@@ -256,8 +333,8 @@ def _open(state: State) -> tuple[State, Sequence[Action]]:
 
 
 def _select(state: State, number: int) -> tuple[str, ...]:
-    """A random sample of those present that depends on the seed and the round alone."""
-    present = sorted(state.present)
+    """A random sample of those who may be asked that depends on the seed and the round alone."""
+    present = sorted(state.present - state.excluded)
     count = math.ceil(state.plan.sample * len(present))
     rng = np.random.default_rng(np.random.SeedSequence(state.plan.seed, spawn_key=(2, number)))
     return tuple(sorted(rng.choice(present, size=count, replace=False).tolist()))

@@ -1,19 +1,26 @@
-"""A run's folder: config.toml, ledger.sqlite, checkpoints/, and the report made from them."""
+"""A run's folder: config.toml, ledger.sqlite, checkpoints/, the report, and what resuming needs.
+
+spool/round-000012.rows     the updates of the round that is going on (`Spool`)
+state/round-000011.f32      the model, and the optimiser's velocity where there is one, after a round
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save
+from blake3 import blake3
+from safetensors.torch import save_file
 
 from fedrobust import InputError
 from fedrobust.training import Manifest, split_vector
 from fedrobust_server.config import RunConfig
 from fedrobust_server.ledger import Ledger
-from fedrobust_server.shards import Floats
+from fedrobust_server.spool import Floats, Spool
 
 
 @dataclass(frozen=True)
@@ -31,19 +38,90 @@ class RunFolder:
         """
         path = parent / config.run
         try:
-            (path / "checkpoints").mkdir(parents=True)
+            path.mkdir(parents=True)
+            for name in ("checkpoints", "spool", "state"):
+                (path / name).mkdir(mode=0o700)
+            (path / "config.toml").write_text(config.to_toml())
         except FileExistsError:
             raise InputError(
-                f"the run {path} exists already; choose another --name or remove it"
+                f"the run {path} exists already; go on with it by --resume, choose another --run or "
+                "remove it"
             ) from None
         except OSError as error:
             raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
-        (path / "config.toml").write_text(config.to_toml())
         return cls(path)
 
-    def ledger(self) -> Ledger:
+    @classmethod
+    def open(cls, path: Path) -> tuple[RunFolder, RunConfig]:
+        """Find a run that there is, and its configuration.
+
+        Raises:
+            InputError: it is no run's folder, or its configuration cannot be read.
+        """
+        try:
+            text = (path / "config.toml").read_text()
+        except OSError as error:
+            raise InputError(f"there is no run in {path}: {error.strerror}") from None
+        return cls(path), RunConfig.from_toml(text)
+
+    def ledger(self, *, sync: bool = False) -> Ledger:
         """The run's ledger."""
-        return Ledger(self.path / "ledger.sqlite")
+        return Ledger(self.path / "ledger.sqlite", sync=sync)
+
+    def spool(self, number: int, slots: int, size: int) -> Spool:
+        """The updates of a round; those of other rounds have been dealt with and go."""
+        path = self.path / "spool" / f"round-{number:06d}.rows"
+        for other in path.parent.glob("round-*.rows"):
+            if other != path:
+                other.unlink()
+        return Spool.open(path, slots, size)
+
+    def save_state(self, number: int, model: Floats, velocity: Floats) -> str:
+        """Keep what the next round starts from; returns its digest. Only the state before is kept too.
+
+        Args:
+            number: the round that led to it.
+            model: (d,).
+            velocity: (d,), or the same zero d times.
+        """
+        parts = [model] if velocity.strides == (0,) else [model, velocity]
+        digest = blake3()
+        for part in parts:
+            digest.update(part.data.cast("B"))
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:
+                for part in parts:
+                    part.tofile(file)
+
+        path = self._state(number)
+        _replace(path, write)
+        earlier = sorted(other for other in path.parent.glob("round-*.f32") if other < path)
+        for other in earlier[:-1]:
+            other.unlink()
+        return digest.hexdigest()
+
+    def load_state(self, number: int, digest: str, size: int) -> tuple[Floats, Floats]:
+        """The model and the velocity after a round.
+
+        Raises:
+            InputError: the file is missing or not what was saved.
+        """
+        path = self._state(number)
+        try:
+            values = np.fromfile(path, "<f4")
+        except OSError as error:
+            raise InputError(f"cannot resume: {path}: {error.strerror}") from None
+        if blake3(values.view(np.uint8).data).hexdigest() != digest or len(values) not in (
+            size,
+            2 * size,
+        ):
+            raise InputError(
+                f"cannot resume: {path} is not what was saved after round {number}; "
+                f"put a copy of it back, or start a new run from a checkpoint"
+            )
+        zeros = np.broadcast_to(np.float32(0), (size,))
+        return values[:size], values[size:] if len(values) > size else zeros
 
     def checkpoint(self, number: int, model: Floats, manifest: Manifest) -> None:
         """Save the model after a round as named tensors; a crash leaves the file whole or absent."""
@@ -52,9 +130,16 @@ class RunFolder:
             for name, tensor in split_vector(torch.from_numpy(model), manifest).items()
         }
         path = self.path / "checkpoints" / f"round-{number:06d}.safetensors"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.write(save(tensors, metadata={"round": str(number)}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        _replace(path, lambda partial: save_file(tensors, partial, metadata={"round": str(number)}))
+
+    def _state(self, number: int) -> Path:
+        return self.path / "state" / f"round-{number:06d}.f32"
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file that is whole or absent, whatever happens meanwhile."""
+    partial = path.with_suffix(".partial")
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)

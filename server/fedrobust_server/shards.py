@@ -1,74 +1,113 @@
 """The model and the round's updates, spread by coordinate over processes on Ray.
 
-Shard k owns one slice of the model, of the optimiser's state and of every update (n x d_k). No
-process holds n x d: the gateway passes chunks on as they come, and a rule sees the n x n Gram matrix
-that the shards' partial ones add up to.
+Shard k owns one slice of the model, of the optimiser's state and of every update (n x d_k), which it
+maps from the round's spool where it can see that file, and is sent otherwise. As updates become whole,
+it works out their inner products with those that are there already, while other clients still train; at
+the deadline only the n x n rule and one weighted sum remain. No process holds n x d.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import ray
 import torch
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from fedrobust.kernels import Block, Matrix, squared_norms
+from fedrobust import kernels
+from fedrobust.kernels import Block, Matrix
+from fedrobust_server.spool import Floats, Spool
 
-Floats = npt.NDArray[np.float32]
-
-# Chunks on their way to a shard before the gateway waits for it.
-_IN_FLIGHT = 8
+# Coordinates sent at a time to shards that cannot see the spool.
+_PIECE = 1 << 20
 
 
 class Shard:
     """One slice of everything. Plain Python, so that it can be tested without Ray."""
 
-    def __init__(self, model: Floats, lr: float, momentum: float, threads: int) -> None:
-        """Start from a slice of the initial model; `threads` is what torch may use here."""
+    def __init__(
+        self, first: int, model: Floats, velocity: Floats, lr: float, momentum: float, threads: int
+    ) -> None:
+        """Hold the coordinates from `first` on; `threads` is what torch may use here."""
         # Subnormal numbers in an update would slow products down a hundredfold. Flushing them only
         # works when asked for before the first parallel region, hence here.
         torch.set_flush_denormal(True)
         torch.set_num_threads(threads)
-        self._model = torch.from_numpy(model.copy())
-        self._velocity = torch.zeros_like(self._model)
+        self._first = first
+        self._model, self._velocity = (torch.from_numpy(v.copy()) for v in (model, velocity))
         self._lr, self._momentum = lr, momentum
-        self._uploads: dict[int, Tensor] = {}
-        self._rows: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self._rows = torch.empty(0, len(model))
+        self._inner: Matrix = np.empty((0, 0))
+        self._whole: list[int] = []
+        self._fresh: deque[int] = deque()
         self._result: Tensor | None = None
 
-    def write(self, upload: int, start: int, values: Floats) -> None:
-        """Take some coordinates of an upload, counted from the start of this slice."""
-        if upload not in self._uploads:
-            self._uploads[upload] = torch.empty_like(self._model)
-        self._uploads[upload][start : start + len(values)] = torch.from_numpy(values.copy())
+    def ready(self) -> None:
+        """Answers when the shard has come to life."""
 
-    def measure(self, upload: int) -> float:
-        """The squared norm of this slice of a complete upload; not finite if it is not."""
-        return float(squared_norms(Block([self._uploads[upload]]))[0])
+    def sees(self, path: str) -> bool:
+        """Whether this process can see a file."""
+        return Path(path).exists()
 
-    def accept(self, upload: int, client: str) -> None:
-        """Make a complete upload this client's row of the round."""
-        self._rows[client] = self._uploads.pop(upload)
+    def open(self, slots: int, path: str | None) -> None:
+        """Begin a round with room for so many updates; they are in that spool, or will be sent."""
+        size = len(self._model)
+        with self._lock:
+            if path is None:
+                self._rows = torch.empty(slots, size)
+            else:
+                total = Path(path).stat().st_size // 4
+                mapped = np.memmap(path, "<f4", "r+", shape=(slots, total // slots))
+                self._rows = torch.from_numpy(mapped)[:, self._first : self._first + size]
+            self._inner = np.zeros((slots, slots))
+            self._whole, self._fresh, self._result = [], deque(), None
 
-    def discard(self, upload: int) -> None:
-        """Forget an upload."""
-        self._uploads.pop(upload, None)
+    def write(self, slot: int, start: int, values: Floats) -> None:
+        """Take some coordinates of an update, counted from the start of this slice."""
+        self._rows[slot, start : start + len(values)] = torch.from_numpy(values.copy())
 
-    def sum(self, part: Callable[[Block], Matrix], clients: Sequence[str]) -> Matrix:
-        """What `part` makes of these clients' rows."""
-        return part(self._block(clients))
+    def complete(self, slot: int) -> None:
+        """The update in a slot is whole; `fold` will see it."""
+        self._fresh.append(slot)
 
-    def map(self, part: Callable[[Block], Tensor], clients: Sequence[str]) -> None:
-        """Keep what `part` makes of these clients' rows: this slice of the aggregate."""
-        self._result = part(self._block(clients))
+    def fold(self) -> None:
+        """Work out the inner products of the updates that have become whole.
+
+        While this goes on, others arrive; all of those share the next pass over the rows.
+        """
+        with self._lock:
+            fresh = [self._fresh.popleft() for _ in range(len(self._fresh))]
+            if not fresh:
+                return
+            new = self._block(fresh)
+            self._inner[np.ix_(fresh, fresh)] = kernels.gram(new)
+            for run in _runs(self._whole):
+                found = kernels.cross(Block(self._rows[run]), new)
+                self._inner[run, fresh], self._inner[fresh, run] = found, found.T
+            self._whole = sorted([*self._whole, *fresh])
+
+    def gram(self, slots: Sequence[int]) -> Matrix:
+        """This slice's part of the inner products of some whole updates."""
+        self.fold()
+        return self._inner[np.ix_(slots, slots)]
+
+    def sum(self, part: Callable[[Block], Matrix], slots: Sequence[int]) -> Matrix:
+        """What `part` makes of these updates."""
+        return part(self._block(slots))
+
+    def map(self, part: Callable[[Block], Tensor], slots: Sequence[int]) -> None:
+        """Keep what `part` makes of these updates: this slice of the aggregate."""
+        self._result = part(self._block(slots))
 
     def step(self) -> None:
         """Move the model by the aggregate: v <- momentum v + aggregate, model <- model + lr v."""
@@ -77,107 +116,143 @@ class Shard:
         self._velocity.mul_(self._momentum).add_(self._result)
         self._model.add_(self._velocity, alpha=self._lr)
 
-    def clear(self) -> None:
-        """Forget the round's rows and aggregate."""
-        self._rows.clear()
-        self._result = None
-
     def model(self) -> Floats:
         """This slice of the model."""
         return self._model.numpy().copy()
 
-    def _block(self, clients: Sequence[str]) -> Block:
-        return Block([self._rows[client] for client in clients])
+    def velocity(self) -> Floats:
+        """This slice of the optimiser's state."""
+        return self._velocity.numpy().copy()
+
+    def _block(self, slots: Sequence[int]) -> Block:
+        """The updates in these slots, without a copy where they lie side by side."""
+        first = slots[0]
+        if list(slots) == list(range(first, first + len(slots))):
+            return Block(self._rows[first : first + len(slots)])
+        return Block([self._rows[slot] for slot in slots])
+
+
+def _runs(slots: Sequence[int]) -> Iterator[slice]:
+    """Sorted slots as runs of neighbours."""
+    for _, run in itertools.groupby(enumerate(slots), lambda item: item[1] - item[0]):
+        members = [slot for _, slot in run]
+        yield slice(members[0], members[-1] + 1)
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """Some clients' updates of the round as the `Rows` that rules work on; blocks on remote calls."""
+    """Some of the round's updates as the `Rows` that rules work on; blocks on remote calls."""
 
     actors: Sequence[Any]
-    clients: tuple[str, ...]
+    slots: Sequence[int]
 
     def sum(self, part: Callable[[Block], Matrix]) -> Matrix:
         """The sum over all shards, each at work at the same time."""
-        parts: list[Matrix] = ray.get([a.sum.remote(part, self.clients) for a in self.actors])
+        parts: list[Matrix] = ray.get([a.sum.remote(part, self.slots) for a in self.actors])
         total: Matrix = np.add.reduce(parts)
         return total
 
     def map(self, part: Callable[[Block], Tensor]) -> None:
         """Leave each shard its slice of the aggregate."""
-        ray.get([actor.map.remote(part, self.clients) for actor in self.actors])
+        ray.get([actor.map.remote(part, self.slots) for actor in self.actors])
 
 
 class Shards:
-    """All shards of a run, and which coordinates each of them owns."""
+    """All shards of a run, and which coordinates each of them owns.
 
-    def __init__(self, model: Floats, count: int, *, lr: float, momentum: float) -> None:
-        """Start one Ray actor a shard, each with an equal slice of the model."""
-        count = min(count, len(model))
-        self.size = len(model)
-        edges = np.linspace(0, self.size, count + 1).astype(int).tolist()
+    Every call but `write` and `complete` blocks, and raises `ray.exceptions.RayError` when a shard is
+    lost; `start` then brings them all back.
+    """
+
+    def __init__(self, size: int, count: int, *, lr: float, momentum: float) -> None:
+        """Plan so many shards, with an equal slice of `size` coordinates each; `start` starts them."""
+        count = min(count, size)
+        self.size = size
+        edges = np.linspace(0, size, count + 1).astype(int).tolist()
         self._bounds = list(itertools.pairwise(edges))
-        remote: Any = ray.remote(num_cpus=0)(Shard)
-        threads = max(1, torch.get_num_threads() // count)
+        self._lr, self._momentum = lr, momentum
+        self._actors: list[Any] = []
+        self._group: PlacementGroup | None = None
+        self._blind: list[tuple[Any, int, int]] = []
+        self._arriving: list[Any] = []
+
+    def start(self, model: Floats, velocity: Floats) -> None:
+        """Start one Ray actor a shard, on as many nodes as there are; ends those that there were."""
+        self.stop()
+        self._group = placement_group([{"CPU": 0.001}] * len(self._bounds), strategy="SPREAD")
+        options = {
+            "num_cpus": 0.001,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group),
+        }
+        ray_remote: Any = ray.remote  # its types do not know of concurrency groups
+        remote = ray_remote(concurrency_groups={"arrivals": 1})(Shard)
+        threads = max(1, torch.get_num_threads() // len(self._bounds))
         self._actors = [
-            remote.options(scheduling_strategy="SPREAD").remote(model[a:b], lr, momentum, threads)
+            remote.options(**options).remote(
+                a, model[a:b], velocity[a:b], self._lr, self._momentum, threads
+            )
             for a, b in self._bounds
         ]
-        self._numbers = itertools.count()
+        ray.get([actor.ready.remote() for actor in self._actors])  # a round's time must not go by
 
-    def upload(self) -> Upload:
-        """Make room for one update that arrives in pieces."""
-        return Upload(next(self._numbers), self._actors, self._bounds)
+    def stop(self) -> None:
+        """End all shards."""
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._actors, self._group, self._blind, self._arriving = [], None, [], []
 
-    def rows(self, clients: tuple[str, ...]) -> ShardRows:
-        """The accepted updates of these clients."""
-        return ShardRows(self._actors, clients)
+    def open(self, spool: Spool) -> None:
+        """Begin a round whose updates are, or will be, in this spool."""
+        path, self._arriving = str(spool.path.resolve()), []
+        seen = ray.get([actor.sees.remote(path) for actor in self._actors])
+        placed = list(zip(self._actors, self._bounds, seen, strict=True))
+        self._blind = [(actor, *bounds) for actor, bounds, sees in placed if not sees]
+        ray.get([actor.open.remote(spool.slots, path if sees else None) for actor, _, sees in placed])
 
-    def step(self) -> None:
-        """Move the model by the aggregate that `rows(...).map` left."""
-        ray.get([actor.step.remote() for actor in self._actors])
-
-    def clear(self) -> None:
-        """Forget the round's updates."""
-        ray.get([actor.clear.remote() for actor in self._actors])
-
-    def model(self) -> Floats:
-        """The whole model, (d,)."""
-        return np.concatenate(ray.get([actor.model.remote() for actor in self._actors]))
-
-
-class Upload:
-    """One update on its way into the shards."""
-
-    def __init__(self, number: int, actors: Sequence[Any], bounds: Sequence[tuple[int, int]]) -> None:
-        """Called by `Shards.upload`."""
-        self._number = number
-        self._shards = list(zip(actors, bounds, strict=True))
-        self._sent: deque[Any] = deque()
-
-    async def write(self, start: int, values: Floats) -> None:
-        """Pass coordinates on to the shards that own them."""
+    def write(self, slot: int, start: int, values: Floats) -> None:
+        """Pass coordinates on to those shards that cannot see the spool."""
         stop = start + len(values)
-        for actor, (low, high) in self._shards:
+        for actor, low, high in self._blind:
             a, b = max(start, low), min(stop, high)
             if a < b:
-                part = values[a - start : b - start]
-                self._sent.append(actor.write.remote(self._number, a - low, part))
-        while len(self._sent) > _IN_FLIGHT:
-            await self._sent.popleft()
+                arrivals = actor.write.options(concurrency_group="arrivals")
+                arrivals.remote(slot, a - low, values[a - start : b - start])
 
-    async def measure(self) -> float:
-        """The squared norm of the complete update; not finite if some value is not."""
-        await asyncio.gather(*self._sent)
-        norms = [actor.measure.remote(self._number) for actor, _ in self._shards]
-        return float(sum(await asyncio.gather(*norms)))
+    def complete(self, slot: int) -> None:
+        """The update in a slot is whole: fold it in while others arrive."""
+        for actor in self._actors:
+            # In a group of its own it need not wait for the fold that is going on.
+            arrived = actor.complete.options(concurrency_group="arrivals").remote(slot)
+            self._arriving.append(arrived)
+            actor.fold.remote()
 
-    def accept(self, client: str) -> None:
-        """Make it the client's row. Takes effect before anything asked of the shards later."""
-        for actor, _ in self._shards:
-            actor.accept.remote(self._number, client)
+    def replay(self, spool: Spool, slots: Sequence[int]) -> None:
+        """Give shards that have just begun a round the updates that are in its spool already."""
+        for slot in slots:
+            for start in range(0, self.size if self._blind else 0, _PIECE):
+                self.write(slot, start, spool.read(slot, start, min(start + _PIECE, self.size)))
+            self.complete(slot)
 
-    def discard(self) -> None:
-        """Forget it."""
-        for actor, _ in self._shards:
-            actor.discard.remote(self._number)
+    def gram(self, slots: Sequence[int]) -> Matrix:
+        """(n, n) float64 inner products of the whole updates in these slots."""
+        ray.get(self._arriving)
+        parts: list[Matrix] = ray.get([actor.gram.remote(slots) for actor in self._actors])
+        total: Matrix = np.add.reduce(parts)
+        return (total + total.T) / 2
+
+    def rows(self, slots: Sequence[int]) -> ShardRows:
+        """The whole updates in these slots."""
+        return ShardRows(self._actors, slots)
+
+    def step(self) -> tuple[Floats, Floats]:
+        """Move the model by the aggregate that `rows(...).map` left; the model and the velocity, (d,).
+
+        Without momentum the velocity is of no use, and its zeros take no room.
+        """
+        ray.get([actor.step.remote() for actor in self._actors])
+        model = np.concatenate(ray.get([actor.model.remote() for actor in self._actors]))
+        if not self._momentum:
+            return model, np.broadcast_to(np.float32(0), model.shape)
+        return model, np.concatenate(ray.get([actor.velocity.remote() for actor in self._actors]))

@@ -14,6 +14,7 @@ from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import RoundReport
 from fedrobust_server.gateway import listen
 from fedrobust_server.launch import Federation, federation, start_ray
+from fedrobust_server.runs import RunFolder
 
 Served = Callable[..., contextlib.AbstractAsyncContextManager[tuple[FederationStub, Federation]]]
 
@@ -34,7 +35,9 @@ def serve(ray_cluster: None, tmp_path: Path) -> Served:
     async def served(
         config: RunConfig, watch: Callable[[RoundReport], None] = lambda _: None
     ) -> AsyncIterator[tuple[FederationStub, Federation]]:
-        with federation(config, data_dir=None, runs=tmp_path, ray_address=None, watch=watch) as ready:
+        folder = tmp_path / config.run
+        run = RunFolder(folder) if folder.exists() else RunFolder.create(tmp_path, config)
+        with federation(config, run, data_dir=None, ray_address=None, watch=watch) as ready:
             server, port = await listen(ready.coordinator, "127.0.0.1:0")
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 yield FederationStub(channel), ready

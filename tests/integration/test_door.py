@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fedrobust_proto.v1 import federation_pb2 as pb
-from fedrobust_proto.v1.vectors import chunks
+from fedrobust_proto.v1 import vectors
 from fedrobust_server.config import RunConfig
 
 from fedrobust.training import Task
@@ -27,16 +26,17 @@ def header(session: bytes, number: int, vector: npt.NDArray[Any], **changes: Any
     fields: dict[str, Any] = {
         "session": session,
         "round": number,
-        "dtype": pb.DTYPE_FLOAT32,
+        "encoding": pb.Encoding(dtype=changes.pop("dtype", pb.DTYPE_FLOAT32)),
         "length": len(vector),
-        "digest": hashlib.sha256(vector.astype("<f4").tobytes()).digest(),
+        "digest": vectors.digest(vectors.pack(vector, pb.DTYPE_FLOAT32)),
         "examples": 10,
     }
     return pb.SubmitRequest(header=pb.SubmitHeader(**(fields | changes)))
 
 
 def requests(session: bytes, number: int, vector: npt.NDArray[Any], **changes: Any) -> Requests:
-    parts = [pb.SubmitRequest(chunk=chunk) for chunk in chunks(vector.astype("<f4"))]
+    packed = vectors.pack(vector, pb.DTYPE_FLOAT32)
+    parts = [pb.SubmitRequest(chunk=chunk) for chunk in vectors.chunks(packed)] if len(vector) else []
     return [header(session, number, vector, **changes), *parts]
 
 
@@ -138,7 +138,8 @@ def test_every_bad_submission_is_answered_and_recorded_and_costs_nobody_else(ser
 async def download(stub: Any, session: bytes, number: int, *offers: AsyncIterator[Any]) -> Any:
     for offer in offers:
         assert (await anext(offer)).round == number
-    stream = stub.Model(pb.ModelRequest(session=session, round=number))
+    encoding = vectors.encoding()
+    stream = stub.Model(pb.ModelRequest(session=session, round=number, encoding=encoding))
     return np.frombuffer(b"".join([chunk.data async for chunk in stream]), "<f4")
 
 

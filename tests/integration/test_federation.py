@@ -19,6 +19,7 @@ from fedrobust_clients.malicious import Threat
 from fedrobust_clients.simulated import simulate
 from fedrobust_server.config import RunConfig
 from fedrobust_server.launch import federation
+from fedrobust_server.runs import RunFolder
 from safetensors.numpy import load_file
 
 from fedrobust.training import Task
@@ -111,8 +112,9 @@ def in_process(folder: Path, run: str, seed: int) -> dict[str, Any]:
     """Two rounds in this process, with a sample of the clients and without malicious ones."""
     task = Task(model="softmax", clients=5, seed=seed)
     config = RunConfig(run=run, task=task, rounds=2, sample=0.6, shards=1)
+    run_folder = RunFolder.create(folder, config)
     with federation(
-        config, data_dir=None, runs=folder, ray_address=None, watch=lambda _report: None
+        config, run_folder, data_dir=None, ray_address=None, watch=lambda _report: None
     ) as ready:
 
         async def go() -> None:
@@ -130,9 +132,9 @@ def test_a_malformed_attack_costs_only_the_attackers(tmp_path: Path) -> None:
     assert summary["rounds_aggregated"] == 4
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_server_leaves_no_process_and_a_report(
-    tmp_path: Path, kind: signal.Signals
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_stopped_server_leaves_no_process_and_a_report(
+    tmp_path: Path, kind: signal.Signals, code: int
 ) -> None:
 
     serve = ("serve", "--json", "--bind", "127.0.0.1:0", "--runs-dir", str(tmp_path))
@@ -140,7 +142,7 @@ def test_an_interrupted_server_leaves_no_process_and_a_report(
         assert server.stdout
         assert "listening" in server.stdout.readline()
         server.send_signal(kind)
-        assert server.wait(60) == 130
+        assert server.wait(60) == code
     assert (tmp_path / "cut" / "report.html").is_file()
     deadline = time.monotonic() + 20
     while (left := session(server.pid)) and time.monotonic() < deadline:

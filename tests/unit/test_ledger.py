@@ -39,6 +39,6 @@ def test_a_file_that_is_no_ledger_or_of_another_version_is_left_alone(tmp_path: 
         database.execute("PRAGMA user_version = 99")
     database.close()
     before = old.read_bytes()
-    with pytest.raises(InputError, match="version 99; this program needs 1"):
+    with pytest.raises(InputError, match="version 99; this program needs 2"):
         Ledger(old)
     assert old.read_bytes() == before

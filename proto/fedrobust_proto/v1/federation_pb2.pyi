@@ -11,6 +11,13 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DTYPE_UNSPECIFIED: _ClassVar[DType]
     DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_FLOAT16: _ClassVar[DType]
+
+class Compression(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COMPRESSION_NONE: _ClassVar[Compression]
+    COMPRESSION_ZSTD: _ClassVar[Compression]
 
 class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -26,8 +33,14 @@ class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STATUS_WRONG_ROUND: _ClassVar[Status]
     STATUS_NOT_SELECTED: _ClassVar[Status]
     STATUS_TRUNCATED: _ClassVar[Status]
+    STATUS_UNAVAILABLE: _ClassVar[Status]
+    STATUS_EXCLUDED: _ClassVar[Status]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
+DTYPE_BFLOAT16: DType
+DTYPE_FLOAT16: DType
+COMPRESSION_NONE: Compression
+COMPRESSION_ZSTD: Compression
 STATUS_UNSPECIFIED: Status
 STATUS_ACCEPTED: Status
 STATUS_NON_FINITE: Status
@@ -40,6 +53,16 @@ STATUS_LATE: Status
 STATUS_WRONG_ROUND: Status
 STATUS_NOT_SELECTED: Status
 STATUS_TRUNCATED: Status
+STATUS_UNAVAILABLE: Status
+STATUS_EXCLUDED: Status
+
+class Encoding(_message.Message):
+    __slots__ = ("dtype", "compression")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    compression: Compression
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., compression: _Optional[_Union[Compression, str]] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "shape")
@@ -50,30 +73,32 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("tensors", "dtype")
+    __slots__ = ("tensors",)
     TENSORS_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
-    dtype: DType
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
 
 class EnrolRequest(_message.Message):
-    __slots__ = ("client",)
+    __slots__ = ("client", "token")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     client: str
-    def __init__(self, client: _Optional[str] = ...) -> None: ...
+    token: bytes
+    def __init__(self, client: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class EnrolReply(_message.Message):
-    __slots__ = ("session", "federation", "manifest", "task")
+    __slots__ = ("session", "federation", "manifest", "task", "encoding")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     federation: str
     manifest: Manifest
     task: str
-    def __init__(self, session: _Optional[bytes] = ..., federation: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., task: _Optional[str] = ...) -> None: ...
+    encoding: Encoding
+    def __init__(self, session: _Optional[bytes] = ..., federation: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., task: _Optional[str] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ...) -> None: ...
 
 class RoundsRequest(_message.Message):
     __slots__ = ("session",)
@@ -90,12 +115,16 @@ class Assignment(_message.Message):
     def __init__(self, round: _Optional[int] = ..., seconds_left: _Optional[float] = ...) -> None: ...
 
 class ModelRequest(_message.Message):
-    __slots__ = ("session", "round")
+    __slots__ = ("session", "round", "encoding", "offset")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     round: int
-    def __init__(self, session: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
+    encoding: Encoding
+    offset: int
+    def __init__(self, session: _Optional[bytes] = ..., round: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset", "data")
@@ -105,21 +134,41 @@ class Chunk(_message.Message):
     data: bytes
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class SubmitHeader(_message.Message):
-    __slots__ = ("session", "round", "dtype", "length", "digest", "examples")
+class ProgressRequest(_message.Message):
+    __slots__ = ("session", "round", "digest")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    round: int
+    digest: bytes
+    def __init__(self, session: _Optional[bytes] = ..., round: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class ProgressReply(_message.Message):
+    __slots__ = ("received", "receipt")
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    received: int
+    receipt: Receipt
+    def __init__(self, received: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+
+class SubmitHeader(_message.Message):
+    __slots__ = ("session", "round", "encoding", "length", "digest", "examples", "offset")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     round: int
-    dtype: DType
+    encoding: Encoding
     length: int
     digest: bytes
     examples: int
-    def __init__(self, session: _Optional[bytes] = ..., round: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., length: _Optional[int] = ..., digest: _Optional[bytes] = ..., examples: _Optional[int] = ...) -> None: ...
+    offset: int
+    def __init__(self, session: _Optional[bytes] = ..., round: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ..., length: _Optional[int] = ..., digest: _Optional[bytes] = ..., examples: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("header", "chunk")

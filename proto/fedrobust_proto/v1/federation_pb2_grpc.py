@@ -49,6 +49,11 @@ class FederationStub(object):
                 request_serializer=fedrobust__proto_dot_v1_dot_federation__pb2.ModelRequest.SerializeToString,
                 response_deserializer=fedrobust__proto_dot_v1_dot_federation__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Progress = channel.unary_unary(
+                '/fedrobust.v1.Federation/Progress',
+                request_serializer=fedrobust__proto_dot_v1_dot_federation__pb2.ProgressRequest.SerializeToString,
+                response_deserializer=fedrobust__proto_dot_v1_dot_federation__pb2.ProgressReply.FromString,
+                _registered_method=True)
         self.Submit = channel.stream_unary(
                 '/fedrobust.v1.Federation/Submit',
                 request_serializer=fedrobust__proto_dot_v1_dot_federation__pb2.SubmitRequest.SerializeToString,
@@ -74,14 +79,22 @@ class FederationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Model(self, request, context):
-        """Download the global model of a round.
+        """Download the global model of a round, from any byte on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Progress(self, request, context):
+        """What the server has of an update: how many bytes, or the receipt if it is whole.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Submit(self, request_iterator, context):
-        """Upload one update: a header, then chunks in order. The receipt says what became of it.
+        """Upload one update: a header, then chunks in order, from where an interrupted upload of the same
+        digest stopped. The receipt says what became of it; sent twice, it is the same receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,6 +117,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Model,
                     request_deserializer=fedrobust__proto_dot_v1_dot_federation__pb2.ModelRequest.FromString,
                     response_serializer=fedrobust__proto_dot_v1_dot_federation__pb2.Chunk.SerializeToString,
+            ),
+            'Progress': grpc.unary_unary_rpc_method_handler(
+                    servicer.Progress,
+                    request_deserializer=fedrobust__proto_dot_v1_dot_federation__pb2.ProgressRequest.FromString,
+                    response_serializer=fedrobust__proto_dot_v1_dot_federation__pb2.ProgressReply.SerializeToString,
             ),
             'Submit': grpc.stream_unary_rpc_method_handler(
                     servicer.Submit,
@@ -192,6 +210,33 @@ class Federation(object):
             '/fedrobust.v1.Federation/Model',
             fedrobust__proto_dot_v1_dot_federation__pb2.ModelRequest.SerializeToString,
             fedrobust__proto_dot_v1_dot_federation__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Progress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedrobust.v1.Federation/Progress',
+            fedrobust__proto_dot_v1_dot_federation__pb2.ProgressRequest.SerializeToString,
+            fedrobust__proto_dot_v1_dot_federation__pb2.ProgressReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,193 @@
+"""Nothing that was acknowledged is lost: servers killed or stopped at any moment, damaged files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .test_federation import COMMAND, model, process
+
+CLIENTS, ROUNDS = 4, 4
+RUN = [
+    *("--clients", str(CLIENTS), "--rounds", str(ROUNDS), "--model", "softmax", "--momentum", "0.5"),
+    *("--server-momentum", "0.5", "--eps", "0.25", "--run", "kept", "--deadline", "60"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def clients(port: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """All clients of the federation, which wait for their server as long as it takes."""
+    with contextlib.ExitStack() as stack:
+        address = ("--server", f"127.0.0.1:{port}", "--patience", "120")
+        yield [stack.enter_context(process("client", *address, "--id", str(i))) for i in range(CLIENTS)]
+
+
+def serve(folder: Path, port: int) -> list[str]:
+    """The command of the server: a new one, or the one that goes on."""
+    place = ("--json", "--bind", f"127.0.0.1:{port}")
+    if (folder / "kept").exists():
+        return ["serve", *place, "--resume", str(folder / "kept")]
+    return ["serve", *place, "--runs-dir", str(folder), *RUN]
+
+
+def rows(folder: Path, query: str) -> list[Any]:
+    path = folder / "kept" / "ledger.sqlite"
+    if not path.exists():
+        return []
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        try:
+            return database.execute(query).fetchall()
+        except sqlite3.OperationalError:  # it is being made
+            return []
+
+
+def acknowledgements(folder: Path) -> int:
+    found = rows(folder, "SELECT COUNT(*) FROM answers WHERE status = 'ACCEPTED'")
+    return found[0][0] if found else 0
+
+
+def run_through(
+    folder: Path, kills: Sequence[tuple[int, float]], kind: signal.Signals = signal.SIGKILL
+) -> None:
+    """Run the federation to its end, and end its server again and again.
+
+    Args:
+        folder: of all runs.
+        kills: the server ends so many seconds after so many updates have been acknowledged in all.
+        kind: the signal.
+    """
+    port = free_port()
+    with clients(port) as running:
+        for count, delay in kills:
+            with process(*serve(folder, port)) as server:
+                while server.poll() is None and acknowledgements(folder) < count:
+                    time.sleep(0.005)
+                time.sleep(delay)
+                server.send_signal(kind)
+                server.wait(60)
+                before = rows(
+                    folder, "SELECT round, client, digest FROM answers WHERE status = 'ACCEPTED'"
+                )
+        with process(*serve(folder, port)) as server:
+            server.communicate(timeout=120)
+            assert server.returncode == 0
+        for client in running:
+            output, _ = client.communicate(timeout=30)
+            assert client.returncode == 0, output
+            told = [line for line in output.splitlines() if "accepted" in line]
+            # A receipt may be lost with the server; it is never followed by a second update.
+            assert len(told) == len(set(told))
+    if kills:
+        after = rows(folder, "SELECT round, client, digest FROM answers WHERE status = 'ACCEPTED'")
+        assert set(before) <= set(after)
+
+
+def acknowledged(folder: Path) -> None:
+    """Every round has exactly one accepted update of each client, and each has a weight."""
+    for number, count, distinct, weighed in rows(
+        folder,
+        "SELECT round, COUNT(*), COUNT(DISTINCT client), COUNT(weight) FROM answers "
+        "WHERE status = 'ACCEPTED' GROUP BY round",
+    ):
+        assert (count, distinct, weighed) == (CLIENTS, CLIENTS, CLIENTS), number
+    assert rows(folder, "SELECT COUNT(*) FROM rounds WHERE outcome = 'aggregated'") == [(ROUNDS,)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_through(folder, ())
+    acknowledged(folder)
+    return folder
+
+
+def same_model(folder: Path, uninterrupted: Path) -> None:
+    acknowledged(folder)
+    expected = model(uninterrupted, "kept", ROUNDS)
+    for name, tensor in model(folder, "kept", ROUNDS).items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        (signal.SIGKILL, [(2, 0.0), (CLIENTS + 1, 0.0)]),  # in the middle of a round
+        (signal.SIGTERM, [(CLIENTS, 0.01)]),  # about when a round is being dealt with
+    ],
+)
+def test_a_server_that_was_ended_goes_on_to_the_same_model(
+    tmp_path: Path, uninterrupted: Path, kind: signal.Signals, kills: list[tuple[int, float]]
+) -> None:
+    run_through(tmp_path, kills, kind)
+    same_model(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_servers_killed_at_random_moments(tmp_path: Path, uninterrupted: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    counts = sorted(rng.randrange(CLIENTS * ROUNDS) for _ in range(4))
+    run_through(tmp_path, [(count, rng.expovariate(20.0)) for count in counts])
+    same_model(tmp_path, uninterrupted)
+
+
+def one_line(*arguments: str) -> str:
+    done = subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_what_cannot_be_gone_on_with_is_told_in_one_line_and_left_alone(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    run = tmp_path / "kept"
+    shutil.copytree(uninterrupted / "kept", run)
+    resume = ("serve", "--bind", "127.0.0.1:0", "--resume", str(run))
+    state = max((run / "state").glob("round-*.f32"))
+    good = state.read_bytes()
+    for bad in (good[:-1], good[:100] + bytes([good[100] ^ 1]) + good[101:], b""):
+        state.write_bytes(bad)
+        assert f"{state.name} is not what was saved after round {ROUNDS}" in one_line(*resume)
+        assert state.read_bytes() == bad
+    state.unlink()
+    assert "No such file" in one_line(*resume)
+    state.write_bytes(good)
+    with contextlib.closing(sqlite3.connect(run / "ledger.sqlite")) as database:
+        database.execute("PRAGMA user_version = 99")
+    assert "is a ledger of version 99" in one_line(*resume)
+    assert "there is no run in" in one_line("serve", "--resume", str(tmp_path / "nowhere"))
+    assert "leave --rounds out" in one_line(*resume, "--rounds", "9")
+    assert "exists already" in one_line("serve", "--runs-dir", str(tmp_path), "--run", "kept")
+
+
+def test_a_finished_run_is_not_begun_again(tmp_path: Path, uninterrupted: Path) -> None:
+    shutil.copytree(uninterrupted / "kept", tmp_path / "kept")
+    before = (tmp_path / "kept" / "ledger.sqlite").stat().st_size
+    done = subprocess.run(
+        [*COMMAND, *serve(tmp_path, free_port())], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["rounds_aggregated"] == ROUNDS
+    assert (tmp_path / "kept" / "ledger.sqlite").stat().st_size == before

@@ -16,7 +16,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, start_http_server
 from prometheus_client.process_collector import ProcessCollector
 
-from fedrobust import Aggregated, InputError
+from fedrobust import Aggregated, InputError, Verdict
 from fedrobust_server.quarantine import State
 from fedrobust_server.record import columns
 from fedrobust_server.round import Phase
@@ -100,7 +100,9 @@ class Metrics:
             registry=registry,
         )
         for outcome in ("aggregated", "skipped"):
-            self._rounds.labels(outcome)  # so that rates begin at 0
+            self._rounds.labels(outcome)  # there from the start, so that the first one is an increase
+        for verdict in Verdict:
+            self._verdicts.labels(verdict.value)
         self._submissions.labels("ACCEPTED")
         if folder is not None:
             for index, name in ((0, "size"), (2, "free")):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,11 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from fedrobust_server.config import RunConfig
 from fedrobust_server.metrics import Metrics
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -300,3 +306,41 @@ def test_the_health_check_asks_over_grpc(
         assert capsys.readouterr().out.split() == ["SERVING", "NOT_SERVING"]
         assert healthcheck.main() == 1
         assert "UNAVAILABLE" in capsys.readouterr().err
+
+
+def test_the_health_check_asks_over_mutual_tls(
+    healthcheck: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key, certificate = self_signed()
+    for name, data in (("KEY", key), ("CERTIFICATE", certificate), ("AUTHORITY", certificate)):
+        (tmp_path / name).write_bytes(data)
+        monkeypatch.setenv(f"FEDROBUST_{name}", str(tmp_path / name))
+    with ThreadPoolExecutor(2) as pool:
+        server = grpc.server(pool)
+        health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+        mutual = grpc.ssl_server_credentials([(key, certificate)], certificate, require_client_auth=True)
+        port = server.add_secure_port("127.0.0.1:0", mutual)
+        server.start()
+        monkeypatch.setenv("FEDROBUST_ADDRESS", f"127.0.0.1:{port}")
+        assert healthcheck.main() == 0
+        monkeypatch.delenv("FEDROBUST_CERTIFICATE")
+        monkeypatch.delenv("FEDROBUST_KEY")
+        assert healthcheck.main() == 1
+        server.stop(0).wait()
+
+
+def self_signed() -> tuple[bytes, bytes]:
+    """A private key and a certificate for localhost that it signs itself, PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=1))
+        .not_valid_after(now + timedelta(minutes=10))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return private, certificate.public_bytes(Encoding.PEM)

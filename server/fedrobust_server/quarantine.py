@@ -25,7 +25,8 @@ probation the client starts from half the threshold, and the chance that it does
 z^(-threshold / 2): 0.1 %, 1.6 %, 8 %.
 
 What no test on weights can tell from an attacker is an honest client whose data is so unlike the others'
-that it stands out in most rounds: it would be excluded. That is why exclusion is off by default
+that it stands out in most rounds: it would be excluded (how many of them are is in docs/operating.md,
+by examples/quarantine_on_digits.py). That is why exclusion is off by default
 (`WATCH`): the rule takes the weight of outliers in every round anyway, while shutting out a hospital
 with rare patients is a harm that an operator should have chosen. Suspicion is gathered and kept all the
 same, so `fedrobust ledger show` tells who would be excluded; the policy `quarantine` excludes them.

@@ -153,6 +153,7 @@ def _ledger_options(commands: Any) -> None:  # noqa: ANN401 (argparse keeps this
     show = command("show", _ledger_show, "the rounds of a run, its clients, or one client")
     which = show.add_mutually_exclusive_group()
     which.add_argument("--clients", action="store_true", help="all clients, the most suspicious first")
+    which.add_argument("--events", action="store_true", help="faults that were survived, resumptions")
     which.add_argument("--client", help="one client: its updates, and why it was excluded")
     export = command("export", _ledger_export, "write the evidence about a client to a file")
     export.add_argument("--client", required=True, help="the client's name")
@@ -439,19 +440,30 @@ def _run_folder(options: argparse.Namespace) -> Path:
 def _ledger_show(options: argparse.Namespace) -> int:
     from fedrobust_server import audit
     from fedrobust_server.dossier import dossier
-    from fedrobust_server.terminal import CLIENT_COLUMNS, ROUND_COLUMNS, described, table
+    from fedrobust_server.terminal import (
+        CLIENT_COLUMNS,
+        EVENT_COLUMNS,
+        ROUND_COLUMNS,
+        described,
+        table,
+    )
 
     with audit.reading(_run_folder(options)) as db:
         if options.client is not None:
             found = dossier(db, options.client)
             print(json.dumps(found) if options.json else described(found))  # noqa: T201
             return 0
-        rows = audit.clients(db) if options.clients else audit.rounds(db)
+        if options.clients:
+            rows, columns = audit.clients(db), CLIENT_COLUMNS
+        elif options.events:
+            rows, columns = audit.events(db), EVENT_COLUMNS
+        else:
+            rows, columns = audit.rounds(db), ROUND_COLUMNS
     if options.json:
         for row in rows:
             print(json.dumps(row))  # noqa: T201
     else:
-        print(table(rows, CLIENT_COLUMNS if options.clients else ROUND_COLUMNS))  # noqa: T201
+        print(table(rows, columns))  # noqa: T201
     return 0
 
 

@@ -90,8 +90,7 @@ def require_client(db: sqlite3.Connection, client: str) -> None:
 
 def has_quarantine(db: sqlite3.Connection) -> bool:
     """Whether the ledger is of a version that keeps suspicion."""
-    found = db.execute("SELECT count(*) FROM sqlite_master WHERE name IN ('suspicion', 'overrides')")
-    return bool(found.fetchone()[0] == 2)
+    return _has(db, "suspicion") and _has(db, "overrides")
 
 
 def rounds(db: sqlite3.Connection) -> list[dict[str, Any]]:
@@ -101,6 +100,15 @@ def rounds(db: sqlite3.Connection) -> list[dict[str, Any]]:
         asked = len(json.loads(row.pop("selected")))
         found.append({**row, "outcome": row["outcome"] or "open", "asked": asked})
     return found
+
+
+def events(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    """What happened beside rounds and answers, in order: faults survived, resumptions."""
+    return (
+        [dict(row) for row in db.execute("SELECT * FROM events ORDER BY id")]
+        if _has(db, "events")
+        else []
+    )
 
 
 def clients(db: sqlite3.Connection) -> list[dict[str, Any]]:
@@ -219,6 +227,10 @@ def _names(db: sqlite3.Connection) -> list[str]:
     if has_quarantine(db):
         found.update(row[0] for row in db.execute("SELECT DISTINCT client FROM suspicion"))
     return sorted(found)
+
+
+def _has(db: sqlite3.Connection, table: str) -> bool:
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is not None
 
 
 def _require_quarantine(db: sqlite3.Connection, folder: Path) -> None:

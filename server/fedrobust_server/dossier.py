@@ -29,9 +29,9 @@ def dossier(db: sqlite3.Connection, client: str) -> dict[str, Any]:
     """What the ledger holds about a client, as plain values.
 
     Returns:
-        `client`; `state`, `suspicion`, `until`, `strikes` as they are now; `why` in words; `answers`,
-        every submission with the round's verdict and the suspicion after it; `changes`, rows of
-        suspicion without a submission; `decisions` of operators.
+        `client`; `asked`, in how many rounds; `state`, `suspicion`, `until`, `strikes` as they are now;
+        `why` in words; `answers`, every submission with the round's verdict and the suspicion after it;
+        `changes`, rows of suspicion without a submission; `decisions` of operators.
 
     Raises:
         InputError: the ledger knows no such client.
@@ -51,8 +51,12 @@ def dossier(db: sqlite3.Connection, client: str) -> dict[str, Any]:
     ]
     answered = {row["round"] for row in answers}
     last = judged[-1] if judged else {"state": "free", "suspicion": 0.0, "until": 0, "strikes": 0}
+    (asked,) = db.execute(
+        "SELECT count(*) FROM rounds, json_each(rounds.selected) WHERE value = ?", (client,)
+    ).fetchone()
     return {
         "client": client,
+        "asked": asked,
         **{key: last[key] for key in ("state", "suspicion", "until", "strikes")},
         "why": why(judged, decisions),
         "answers": answers,

@@ -15,7 +15,7 @@ from fedrobust.text import printable
 from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import RoundReport
 
-ROUND_COLUMNS = (
+ROUND_COLUMNS: Sequence[str] = (
     "round",
     "outcome",
     "asked",
@@ -26,7 +26,16 @@ ROUND_COLUMNS = (
     "accuracy",
     "reason",
 )
-CLIENT_COLUMNS = ("client", "state", "until", "suspicion", "strikes", "accepted", "refused")
+EVENT_COLUMNS: Sequence[str] = ("at", "round", "what")
+CLIENT_COLUMNS: Sequence[str] = (
+    "client",
+    "state",
+    "until",
+    "suspicion",
+    "strikes",
+    "accepted",
+    "refused",
+)
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,14 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Rows as aligned text under a header; what clients wrote cannot move the cursor.
 
     Args:
-        rows: columns by name.
+        rows: columns by name; `at` is in seconds since 1970.
         columns: which ones to show, in this order.
     """
     header = [name.replace("_", " ") for name in columns]
-    lines = [header, *([shown(row[name]) for name in columns] for row in rows)]
+    cells = (
+        [_moment(row[name]) if name == "at" else shown(row[name]) for name in columns] for row in rows
+    )
+    lines = [header, *cells]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -117,6 +129,7 @@ def described(dossier: Mapping[str, Any]) -> str:
     until = f" until round {dossier['until']}" if dossier["until"] else ""
     facts = {
         "client": dossier["client"],
+        "asked": f"in {dossier['asked']} rounds",
         "standing": f"{dossier['state']}{until}; excluded {dossier['strikes']} times",
         "suspicion": dossier["suspicion"],
         "excluded": dossier["why"] or None,
@@ -124,15 +137,14 @@ def described(dossier: Mapping[str, Any]) -> str:
     parts = [
         "\n".join(f"{name:<10} {shown(value)}" for name, value in facts.items() if value is not None)
     ]
-    decisions = [{**row, "at": _moment(row["at"])} for row in dossier["decisions"]]
     answers = ("round", "verdict", "status", "weight", "equal_share", "score", "norm", "evidence")
-    for title, rows, columns in (
-        ("answers", dossier["answers"], (*answers, "suspicion", "state", "reason")),
-        ("changes", dossier["changes"], ("round", "evidence", "suspicion", "state", "until")),
-        ("decisions", decisions, ("at", "action", "who", "applied", "reason")),
+    for title, columns in (
+        ("answers", (*answers, "suspicion", "state", "reason")),
+        ("changes", ("round", "evidence", "suspicion", "state", "until")),
+        ("decisions", ("at", "action", "who", "applied", "reason")),
     ):
-        if rows:
-            parts.append(f"{title}\n{table(rows, columns)}")
+        if dossier[title]:
+            parts.append(f"{title}\n{table(dossier[title], columns)}")
     return "\n\n".join(parts)
 
 

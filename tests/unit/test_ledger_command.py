@@ -90,6 +90,17 @@ def test_show_lists_clients_by_suspicion(run: Path, capsys: pytest.CaptureFixtur
     assert [row.split()[:2] for row in rest] == [[name, "free"] for name in "bcd"]
 
 
+def test_show_lists_events(
+    run: Path, connection: sqlite3.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    connection.execute("DROP TABLE IF EXISTS events")
+    assert lines(capsys, "show", run, "--events") == ["at  round  what"]
+    connection.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, at REAL, round INTEGER, what TEXT)")
+    connection.execute("INSERT INTO events (at, round, what) VALUES (0, 3, 'a shard was\x1b restarted')")
+    _, line = lines(capsys, "show", run, "--events")
+    assert line.split(maxsplit=4) == ["1970-01-01", "00:00", "UTC", "3", "a shard was\\x1b restarted"]
+
+
 def test_show_says_why_a_client_is_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(lines(capsys, "show", run, "--client", "a"))
     assert "standing   excluded until round 26; excluded 1 times" in text
@@ -97,6 +108,7 @@ def test_show_says_why_a_client_is_out(run: Path, capsys: pytest.CaptureFixture[
         "in round 6, until round 26: since round 1 its evidence was 100% on average over 6 rounds"
         in text
     )
+    assert "asked      in 6 rounds" in text
     assert "NON_FINITE" in text
     assert "\x1b" not in text
     assert "\\x1b]0;owned\\x07\\u202e\\nno" in text

@@ -440,7 +440,7 @@ def _run_folder(options: argparse.Namespace) -> Path:
 def _ledger_show(options: argparse.Namespace) -> int:
     from fedrobust_server import audit
     from fedrobust_server.dossier import dossier
-    from fedrobust_server.terminal import (
+    from fedrobust_server.listing import (
         CLIENT_COLUMNS,
         EVENT_COLUMNS,
         ROUND_COLUMNS,

@@ -82,7 +82,8 @@ def why(judged: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, An
     decided = [d for d in decisions if d["applied"] == row["round"] and d["action"] != "release"]
     if decided:
         return f"by {decided[-1]['who']}, from round {row['round']} on, {long}: {decided[-1]['reason']}"
-    begun = max((i + 1 for i in range(turn) if judged[i]["suspicion"] == 0), default=0)
+    ended = (i + 1 for i in range(turn) if judged[i]["suspicion"] == 0 or judged[i]["state"] in _OUT)
+    begun = max(ended, default=0)
     grown = [r["evidence"] for r in judged[begun : turn + 1] if r["evidence"] is not None]
     return (
         f"in round {row['round']}, {long}: since round {judged[begun]['round']} its evidence was "

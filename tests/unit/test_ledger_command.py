@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fedrobust_server import audit, suspicion
+from fedrobust_server.dossier import why
 from fedrobust_server.ledger import Answer, Ledger
 from fedrobust_server.quarantine import Policy, State, evidence, observe
 
@@ -116,6 +117,15 @@ def test_show_says_why_a_client_is_out(run: Path, capsys: pytest.CaptureFixture[
     assert [row["evidence"] for row in found["answers"]] == [1.0] * 6
     assert found["answers"][0]["equal_share"] == 0.25
     assert found["answers"][2]["reason"] == HOSTILE
+
+
+def test_why_counts_from_the_last_exclusion() -> None:
+    out = {"suspicion": 3.0, "state": "excluded", "until": 26, "evidence": 1.0}
+    back = {"suspicion": 1.5, "state": "on probation", "until": 0, "evidence": None}
+    again = {"suspicion": 2.0, "state": "on probation", "until": 0, "evidence": 0.5}
+    judged = [{**row, "round": n} for n, row in ((6, out), (26, back), (27, again), (28, out))]
+    text = "in round 28, until round 26: since round 26 its evidence was 75% on average over 2 rounds"
+    assert why(judged, []) == text
 
 
 def test_export_writes_the_evidence_once(

@@ -161,6 +161,13 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="a TOML file; flags override it")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs [runs]")
     parser.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
+    parser.add_argument(
+        "--metrics", metavar="HOST:PORT", help="where Prometheus finds metrics [nowhere]"
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="log there, in JSON lines [standard error]"
+    )
+    parser.add_argument("--log-level", default="warning", help="debug, info, warning or error [warning]")
     for cls, title in ((RunConfig, "the run"), (Task, "the task")):
         group = parser.add_argument_group(title)
         hints, help_texts = typing.get_type_hints(cls), _attribute_docs(cls)
@@ -292,6 +299,8 @@ def _serve(options: argparse.Namespace) -> int:
     from fedrobust_server.gateway import listen, require_loopback
     from fedrobust_server.runs import RunFolder
 
+    from fedrobust.data import load
+
     require_loopback(options.bind)
     if options.resume:
         if given := [key for key, value in vars(options).items() if ":" in key and value is not None]:
@@ -300,6 +309,7 @@ def _serve(options: argparse.Namespace) -> int:
         folder, config = RunFolder.open(options.resume)
     else:
         config = _run_config(options)
+        load(config.task.dataset, options.data_dir)  # before anything is left on disk
         folder = RunFolder.create(options.runs_dir, config)
 
     async def run(federation: Federation) -> None:
@@ -326,18 +336,24 @@ def _run_federation(
 ) -> int:
     """Start a federation, let `run` run it, and leave a report behind, come what may."""
     from fedrobust_server.launch import federation
+    from fedrobust_server.logs import logging_to
+    from fedrobust_server.metrics import Metrics, serve_metrics
     from fedrobust_server.report import write_report
     from fedrobust_server.summary import summarise
     from fedrobust_server.terminal import terminal
 
+    metrics = Metrics(folder.path)
     with (
         terminal(config, as_json=options.json) as display,
+        logging_to(options.log, options.log_level),
+        serve_metrics(metrics, options.metrics) if options.metrics else contextlib.nullcontext(),
         federation(
             config,
             folder,
             data_dir=options.data_dir,
             ray_address=options.ray_address,
             watch=display.show,
+            metrics=metrics,
         ) as ready,
     ):
         try:

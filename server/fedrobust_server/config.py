@@ -15,6 +15,7 @@ from fedrobust import InputError, parse_rule
 from fedrobust.attacks import parse_attack
 from fedrobust.text import Textual, choose
 from fedrobust.training import Task
+from fedrobust_server.quarantine import WATCH, parse_policy
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +40,8 @@ class RunConfig(Textual):
         compression: of what travels, "none" or "zstd".
         durability: what an acknowledged update survives: the death of any "process", or of the
             "machine", at the price of waiting for the disk.
+        quarantine: when a client that keeps losing its weight is asked no more; as it is, clients are
+            only watched.
         shards: over how many processes the model's coordinates are spread.
         checkpoint_every: rounds between checkpoints; the last round always leaves one.
         malicious: in an experiment, how many clients (the first ones) are malicious.
@@ -62,6 +65,7 @@ class RunConfig(Textual):
     wire: str = "float32"
     compression: str = "none"
     durability: str = "process"
+    quarantine: str = WATCH
     shards: int = 2
     checkpoint_every: int = 10
     malicious: int = 0
@@ -71,6 +75,7 @@ class RunConfig(Textual):
         super().__post_init__()
         parse_rule(self.rule)
         parse_attack(self.attack)
+        parse_policy(self.quarantine)
         choose(self.exceeded, ("warn", "skip"), "value of exceeded")
         choose(self.wire, ("float32", "bfloat16", "float16"), "value of wire")
         choose(self.compression, ("none", "zstd"), "value of compression")

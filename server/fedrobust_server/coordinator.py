@@ -16,6 +16,7 @@ import math
 import re
 import secrets
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,8 @@ from fedrobust_server import round as machine
 from fedrobust_server.config import RunConfig
 from fedrobust_server.intake import Upload, read_header, receive, unfit
 from fedrobust_server.ledger import Answer, Ledger, Standing
+from fedrobust_server.metrics import Metrics
+from fedrobust_server.quarantine import MALFORMED, evidence, parse_policy
 from fedrobust_server.record import by_client, columns
 from fedrobust_server.round import Fault, Phase
 from fedrobust_server.runs import RunFolder
@@ -121,7 +124,9 @@ class _Round:
         norms: of the accepted updates.
         digests: of the accepted updates.
         refused: how many submissions did not count.
+        malformed: clients that sent what cannot be an update.
         uploads: what each client has sent so far.
+        opened: on the loop's clock.
         closes_at: on the loop's clock.
     """
 
@@ -132,6 +137,8 @@ class _Round:
     norms: dict[str, float] = field(default_factory=dict)
     digests: dict[str, bytes] = field(default_factory=dict)
     refused: int = 0
+    malformed: set[str] = field(default_factory=set)
+    opened: float = 0.0
     uploads: dict[str, Upload] = field(default_factory=dict)
     closes_at: float = 0.0
 
@@ -160,6 +167,7 @@ class Coordinator:
         state: tuple[Floats, Floats],
         standing: Standing | None,
         watch: Callable[[RoundReport], None],
+        metrics: Metrics,
     ) -> None:
         """Put the parts together.
 
@@ -173,10 +181,14 @@ class Coordinator:
             state: the model and the velocity that the run begins with, or goes on from.
             standing: where it goes on; None begins it.
             watch: is told of every finished round.
+            metrics: are kept up to date.
         """
         task = config.task
         plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, task.seed)
-        self._state = machine.State(plan)
+        self._metrics, self._policy = metrics, parse_policy(config.quarantine)
+        metrics.backlog.set_function(shards.backlog)
+        self._suspects = ledger.suspects()
+        self._state = machine.State(plan, excluded=self._suspects.excluded)
         self._standing, self._round, self._held = standing, _Round(), list[machine.Action]()
         if standing is not None:  # before any client can join
             self._round = _Round.of(standing)
@@ -272,6 +284,7 @@ class Coordinator:
         """
         session = self._session(request.session)
         self._listening[session.client] += 1
+        self._metrics.connected.set(len(+self._listening))
         self._happened(machine.Joined(session.client))
         try:
             while self._state.phase is not Phase.DONE:
@@ -281,6 +294,7 @@ class Coordinator:
                 yield offer
         finally:
             self._listening[session.client] -= 1
+            self._metrics.connected.set(len(+self._listening))
             if not self._listening[session.client]:  # it has not come back in the meantime
                 self._happened(machine.Left(session.client))
         if self._state.draining or self._state.phase is not Phase.DONE:
@@ -308,9 +322,11 @@ class Coordinator:
         if isinstance(packed, list):
             for chunk in packed:
                 if chunk.offset >= request.offset:
+                    self._metrics.sent.inc(len(chunk.data))
                     yield chunk
         else:
             for chunk in vectors.chunks(packed, start=request.offset):
+                self._metrics.sent.inc(len(chunk.data))
                 yield chunk
 
     async def progress(self, request: ProgressRequest) -> ProgressReply:
@@ -354,14 +370,18 @@ class Coordinator:
         if fault is not None:
             return self._answered(client, header, fault)
         upload = await self._upload(client, header, current)
+        before = upload.received
         try:
-            fault = await receive(requests, upload, self._shards.write)
+            with self._metrics.uploads.track_inprogress():
+                fault = await receive(requests, upload, self._shards.write)
             if fault is None and self._config.durability == "machine":
                 await asyncio.to_thread(upload.spool.sync)
         except asyncio.CancelledError:
             lost = Fault(Status.STATUS_TRUNCATED, "the connection was lost in the middle of the upload")
             self._answered(client, header, lost)
             raise
+        finally:
+            self._metrics.received.inc(max(upload.received - before, 0))
         return self._answered(client, header, fault, upload)
 
     # ---- events and actions -----------------------------------------------------------------------
@@ -409,6 +429,9 @@ class Coordinator:
             reason = f"the server cannot record updates: {error}"
             return Receipt(status=Status.STATUS_UNAVAILABLE, reason=reason)
         self._state = state
+        self._metrics.answered(record.status)
+        if record.status in MALFORMED:
+            self._round.malformed.add(client)
         if fault is None and upload is not None and norm is not None:
             self._round.norms[client], self._round.digests[client] = norm, header.digest
             self._round.uploads.pop(client, None)
@@ -421,6 +444,7 @@ class Coordinator:
 
     def _happened(self, event: machine.Event) -> None:
         self._state, actions = machine.step(self._state, event)
+        self._metrics.phase(self._state.phase)
         self._perform(actions)
 
     def _perform(self, actions: Sequence[machine.Action]) -> None:
@@ -428,6 +452,9 @@ class Coordinator:
             match action:
                 case machine.Open(number, clients):
                     self._round = _Round(number, {client: i for i, client in enumerate(clients)})
+                    self._round.opened = asyncio.get_running_loop().time()
+                    self._metrics.opened(number, len(clients))
+                    log.info("a round begins", extra={"round": number, "asked": len(clients)})
                     self._spawn(self._begin(self._round))
                     for client in clients:
                         self._offer(number, client)
@@ -498,11 +525,13 @@ class Coordinator:
     async def _aggregate(self, number: int, clients: tuple[str, ...]) -> None:
         """Combine a closed round's updates and move the model."""
         self._ledger.collect(number)
+        began = time.monotonic()
         try:
             result, state = await self._enduring(partial(self._combine, number, clients))
         except InputError as error:  # too few clients for the rule: the round's fault, not the run's
             self._settle("skipped", str(error))
             return
+        self._metrics.aggregated(time.monotonic() - began)
         if state is None:
             self._settle("skipped", result.verdict.value, result, clients)
             return
@@ -539,7 +568,8 @@ class Coordinator:
                 if attempt + 1 == _ATTEMPTS:
                     raise
                 what = f"shards were lost and are started anew: {type(error).__name__}"
-                log.warning("round %d: %s", self._round.number, what)
+                log.warning(what, extra={"round": self._round.number})
+                self._metrics.restarts.inc()
                 self._ledger.event(self._round.number, what)
         raise AssertionError("unreachable")
 
@@ -574,7 +604,37 @@ class Coordinator:
         )
         judge = self._judge(current.number, self._model, report, self._recorded, self._judged)
         self._judged = self._spawn(judge)
+        self._metrics.closed(outcome, asyncio.get_running_loop().time() - current.opened, result)
+        log.info(
+            "a round is over",
+            extra={
+                "round": current.number,
+                "outcome": outcome,
+                "reason": reason,
+                "accepted": len(current.norms),
+                "refused": current.refused,
+            },
+        )
+        verdict = None if result is None else result.verdict
+        self._judge_clients(current.number, evidence(verdict, weights, current.malformed))
         self._happened(machine.Settled(current.number))
+
+    def _judge_clients(self, number: int, found: Mapping[str, float]) -> None:
+        """Gather what a round says of its clients, and ask those no more that are shut out."""
+        self._suspects, changes = self._ledger.judge_clients(self._policy, self._suspects, number, found)
+        for change in changes:
+            log.warning(
+                "a client's standing has changed",
+                extra={
+                    "round": number,
+                    "client": change.name,
+                    "standing": change.client.standing.value,
+                    "reason": change.reason,
+                    "who": change.who,
+                },
+            )
+        self._metrics.judged(found, self._suspects)
+        self._happened(machine.Excluded(self._suspects.excluded))
 
     async def _record(
         self,
@@ -614,7 +674,9 @@ class Coordinator:
         evaluation = await asyncio.to_thread(self._evaluate, model)
         self._ledger.judge(number, evaluation.accuracy, evaluation.loss)
         if number % self._config.checkpoint_every == 0 or number == self._config.rounds:
+            began = time.monotonic()
             await asyncio.to_thread(self._folder.checkpoint, number, model, self._names)
+            self._metrics.checkpointed(time.monotonic() - began)
         return evaluation
 
 

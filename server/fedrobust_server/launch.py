@@ -16,11 +16,15 @@ import numpy as np
 import psutil
 import ray
 import torch
+from ray._private import ray_constants
+from ray.exceptions import AuthenticationError
 
+from fedrobust import InputError
 from fedrobust.data import Dataset, load
 from fedrobust.training import Evaluation, evaluate, load_vector, manifest, to_vector
 from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import Coordinator, RoundReport
+from fedrobust_server.metrics import Metrics
 from fedrobust_server.round import KEEPS_TURN
 from fedrobust_server.runs import RunFolder
 from fedrobust_server.shards import Shards
@@ -50,15 +54,9 @@ def start_ray(address: str | None) -> Iterator[None]:
         return
     before = _descendants()
     if address is not None:
-        ray.init(address=address, logging_level=logging.WARNING)
+        _join_ray(address)
     else:
-        ray.init(
-            address="local",  # never another program's cluster that happens to run here
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-        )
+        _start_ray()
     started = _descendants() - before
     try:
         yield
@@ -71,6 +69,31 @@ def start_ray(address: str | None) -> Iterator[None]:
             for process in psutil.wait_procs(started, timeout=3.0)[1]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+
+
+def _join_ray(address: str) -> None:
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except AuthenticationError as error:
+        raise InputError(
+            f"the Ray cluster at {address} asks for its token, see docs/operating.md: {error}"
+        ) from None
+    except ConnectionError as error:
+        raise InputError(f"there is no Ray cluster at {address}: {error}") from None
+
+
+def _start_ray() -> None:
+    """A Ray of our own that nobody else can reach."""
+    # Ray replaces a loopback address by the machine's own, unless told that it is to be no cluster.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    ray.init(
+        address="local",  # never another program's cluster that happens to run here
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
 
 
 @contextlib.contextmanager
@@ -99,6 +122,7 @@ def federation(
     data_dir: Path | None,
     ray_address: str | None,
     watch: Callable[[RoundReport], None],
+    metrics: Metrics | None = None,
 ) -> Iterator[Federation]:
     """Start Ray and put a federation together, at its beginning or where its ledger ends.
 
@@ -108,6 +132,7 @@ def federation(
         data_dir: where datasets are; None reads FEDROBUST_DATA.
         ray_address: a Ray cluster to join; None starts one on this machine.
         watch: is told of every finished round.
+        metrics: are kept up to date; None keeps some that nobody sees.
 
     Raises:
         InputError: the dataset is not there, or what was saved cannot be gone on with.
@@ -133,6 +158,7 @@ def federation(
                 state=state,
                 standing=standing,
                 watch=watch,
+                metrics=metrics or Metrics(),
             )
             yield Federation(coordinator, folder)
             shards.stop()

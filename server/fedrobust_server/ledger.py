@@ -13,6 +13,8 @@ from typing import Any
 from fedrobust_proto.v1.federation_pb2 import Status
 
 from fedrobust import InputError
+from fedrobust_server import suspicion
+from fedrobust_server.quarantine import Changed, Policy, State, observe
 
 VERSION = 2
 
@@ -56,24 +58,6 @@ CREATE TABLE events (
     at REAL NOT NULL,
     round INTEGER NOT NULL,
     what TEXT NOT NULL          -- a fault that was survived, a resumption, in words
-);
-CREATE TABLE suspicion (
-    round INTEGER NOT NULL,
-    client TEXT NOT NULL,
-    evidence REAL,              -- of this round
-    suspicion REAL,             -- gathered over rounds
-    state TEXT,
-    until INTEGER,              -- the last round that the client is excluded from
-    PRIMARY KEY (round, client)
-);
-CREATE TABLE overrides (
-    id INTEGER PRIMARY KEY,
-    at REAL NOT NULL,
-    client TEXT NOT NULL,
-    action TEXT NOT NULL,
-    reason TEXT NOT NULL,
-    who TEXT NOT NULL,
-    applied INTEGER             -- the round from which it counts
 );
 """
 
@@ -142,7 +126,7 @@ class Ledger:
         self._db.execute(f"PRAGMA synchronous = {'FULL' if sync else 'NORMAL'}")
         if empty:
             with self._db:
-                self._db.executescript(_SCHEMA)
+                self._db.executescript(_SCHEMA + suspicion.SCHEMA)
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
 
     def open_round(self, number: int, selected: Sequence[str]) -> None:
@@ -210,6 +194,34 @@ class Ledger:
                     " AND status = 'ACCEPTED'",
                     [(value, number, client) for client, value in values.items()],
                 )
+
+    def suspects(self) -> State:
+        """How the clients stand after the last round."""
+        return suspicion.restore(self._db)
+
+    def judge_clients(
+        self, policy: Policy, before: State, number: int, found: Mapping[str, float]
+    ) -> tuple[State, list[Changed]]:
+        """A round's evidence is gathered, and what operators decided meanwhile is done.
+
+        Args:
+            policy: of the run.
+            before: how the clients stood.
+            number: of the round that is over.
+            found: what it says of whom, in [0, 1].
+
+        Returns:
+            How they stand in the next round, and whose standing changed.
+        """
+        changes: list[Changed] = []
+        with self._db:
+            (last,) = self._db.execute("SELECT MAX(round) FROM suspicion").fetchone()
+            state = before
+            if last is None or last < number:  # else the server was killed before it closed the round
+                state, changes = observe(policy, before, number, found)
+                suspicion.keep(self._db, number, before, state, found)
+            state, decided = suspicion.apply_requests(self._db, policy, state, number + 1)
+        return state, [*changes, *decided]
 
     def rounds(self) -> list[dict[str, Any]]:
         """All rounds in order, as columns by name."""

@@ -34,7 +34,7 @@ class Metrics:
         sent: bytes of models sent to clients; `inc(bytes)`.
         uploads: uploads in progress; `with uploads.track_inprogress():`.
         connected: clients that wait for work or work now; `set(count)`.
-        backlog: complete updates that are not in the Gram matrix yet; `set(count)`.
+        backlog: complete updates that are not in the Gram matrix yet; `set_function(count)`.
         restarts: shard actors that were started anew; `inc()`.
     """
 

@@ -175,6 +175,7 @@ class Shards:
         self._group: PlacementGroup | None = None
         self._blind: list[tuple[Any, int, int]] = []
         self._arriving: list[Any] = []
+        self._folding: list[Any] = []
 
     def start(self, model: Floats, velocity: Floats) -> None:
         """Start one Ray actor a shard, on as many nodes as there are; ends those that there were."""
@@ -201,11 +202,12 @@ class Shards:
             ray.kill(actor)
         if self._group is not None:
             remove_placement_group(self._group)
-        self._actors, self._group, self._blind, self._arriving = [], None, [], []
+        self._actors, self._group = [], None
+        self._blind, self._arriving, self._folding = [], [], []
 
     def open(self, spool: Spool) -> None:
         """Begin a round whose updates are, or will be, in this spool."""
-        path, self._arriving = str(spool.path.resolve()), []
+        path, self._arriving, self._folding = str(spool.path.resolve()), [], []
         seen = ray.get([actor.sees.remote(path) for actor in self._actors])
         placed = list(zip(self._actors, self._bounds, seen, strict=True))
         self._blind = [(actor, *bounds) for actor, bounds, sees in placed if not sees]
@@ -226,7 +228,15 @@ class Shards:
             # In a group of its own it need not wait for the fold that is going on.
             arrived = actor.complete.options(concurrency_group="arrivals").remote(slot)
             self._arriving.append(arrived)
-            actor.fold.remote()
+            self._folding.append(actor.fold.remote())
+
+    def backlog(self) -> int:
+        """How many whole updates are not everywhere in the Gram matrix yet."""
+        going_on = list(self._folding)
+        if not going_on:
+            return 0
+        left = ray.wait(going_on, num_returns=len(going_on), timeout=0)[1]
+        return -(-len(left) // max(len(self._actors), 1))
 
     def replay(self, spool: Spool, slots: Sequence[int]) -> None:
         """Give shards that have just begun a round the updates that are in its spool already."""

@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#fedrobust_proto/v1/federation.proto\x12\x0c\x66\x65\x64robust.v1\")\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"Y\n\x08Manifest\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.fedrobust.v1.TensorSpec\x12\"\n\x05\x64type\x18\x02 \x01(\x0e\x32\x13.fedrobust.v1.DType\"\x1e\n\x0c\x45nrolRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\"i\n\nEnrolReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x12\n\nfederation\x18\x02 \x01(\t\x12(\n\x08manifest\x18\x03 \x01(\x0b\x32\x16.fedrobust.v1.Manifest\x12\x0c\n\x04task\x18\x04 \x01(\t\" \n\rRoundsRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"1\n\nAssignment\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x14\n\x0cseconds_left\x18\x02 \x01(\x01\".\n\x0cModelRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x84\x01\n\x0cSubmitHeader\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\"\n\x05\x64type\x18\x03 \x01(\x0e\x32\x13.fedrobust.v1.DType\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x04\"k\n\rSubmitRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.fedrobust.v1.SubmitHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedrobust.v1.ChunkH\x00\x42\x06\n\x04part\"?\n\x07Receipt\x12$\n\x06status\x18\x01 \x01(\x0e\x32\x14.fedrobust.v1.Status\x12\x0e\n\x06reason\x18\x02 \x01(\t*1\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01*\x9a\x02\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATUS_ACCEPTED\x10\x01\x12\x15\n\x11STATUS_NON_FINITE\x10\x02\x12\x17\n\x13STATUS_WRONG_LENGTH\x10\x03\x12\x16\n\x12STATUS_WRONG_DTYPE\x10\x04\x12\x17\n\x13STATUS_WRONG_DIGEST\x10\x05\x12\x14\n\x10STATUS_MALFORMED\x10\x06\x12\x14\n\x10STATUS_DUPLICATE\x10\x07\x12\x0f\n\x0bSTATUS_LATE\x10\x08\x12\x16\n\x12STATUS_WRONG_ROUND\x10\t\x12\x17\n\x13STATUS_NOT_SELECTED\x10\n\x12\x14\n\x10STATUS_TRUNCATED\x10\x0b\x32\x8a\x02\n\nFederation\x12=\n\x05\x45nrol\x12\x1a.fedrobust.v1.EnrolRequest\x1a\x18.fedrobust.v1.EnrolReply\x12\x41\n\x06Rounds\x12\x1b.fedrobust.v1.RoundsRequest\x1a\x18.fedrobust.v1.Assignment0\x01\x12:\n\x05Model\x12\x1a.fedrobust.v1.ModelRequest\x1a\x13.fedrobust.v1.Chunk0\x01\x12>\n\x06Submit\x12\x1b.fedrobust.v1.SubmitRequest\x1a\x15.fedrobust.v1.Receipt(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#fedrobust_proto/v1/federation.proto\x12\x0c\x66\x65\x64robust.v1\")\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"Y\n\x08Manifest\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.fedrobust.v1.TensorSpec\x12\"\n\x05\x64type\x18\x02 \x01(\x0e\x32\x13.fedrobust.v1.DType\"-\n\x0c\x45nrolRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"i\n\nEnrolReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x12\n\nfederation\x18\x02 \x01(\t\x12(\n\x08manifest\x18\x03 \x01(\x0b\x32\x16.fedrobust.v1.Manifest\x12\x0c\n\x04task\x18\x04 \x01(\t\" \n\rRoundsRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"1\n\nAssignment\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x14\n\x0cseconds_left\x18\x02 \x01(\x01\".\n\x0cModelRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x84\x01\n\x0cSubmitHeader\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\"\n\x05\x64type\x18\x03 \x01(\x0e\x32\x13.fedrobust.v1.DType\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x10\n\x08\x65xamples\x18\x06 \x01(\x04\"k\n\rSubmitRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.fedrobust.v1.SubmitHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedrobust.v1.ChunkH\x00\x42\x06\n\x04part\"?\n\x07Receipt\x12$\n\x06status\x18\x01 \x01(\x0e\x32\x14.fedrobust.v1.Status\x12\x0e\n\x06reason\x18\x02 \x01(\t*1\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01*\x9a\x02\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATUS_ACCEPTED\x10\x01\x12\x15\n\x11STATUS_NON_FINITE\x10\x02\x12\x17\n\x13STATUS_WRONG_LENGTH\x10\x03\x12\x16\n\x12STATUS_WRONG_DTYPE\x10\x04\x12\x17\n\x13STATUS_WRONG_DIGEST\x10\x05\x12\x14\n\x10STATUS_MALFORMED\x10\x06\x12\x14\n\x10STATUS_DUPLICATE\x10\x07\x12\x0f\n\x0bSTATUS_LATE\x10\x08\x12\x16\n\x12STATUS_WRONG_ROUND\x10\t\x12\x17\n\x13STATUS_NOT_SELECTED\x10\n\x12\x14\n\x10STATUS_TRUNCATED\x10\x0b\x32\x8a\x02\n\nFederation\x12=\n\x05\x45nrol\x12\x1a.fedrobust.v1.EnrolRequest\x1a\x18.fedrobust.v1.EnrolReply\x12\x41\n\x06Rounds\x12\x1b.fedrobust.v1.RoundsRequest\x1a\x18.fedrobust.v1.Assignment0\x01\x12:\n\x05Model\x12\x1a.fedrobust.v1.ModelRequest\x1a\x13.fedrobust.v1.Chunk0\x01\x12>\n\x06Submit\x12\x1b.fedrobust.v1.SubmitRequest\x1a\x15.fedrobust.v1.Receipt(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedrobust_proto.v1.federation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=807
-  _globals['_DTYPE']._serialized_end=856
-  _globals['_STATUS']._serialized_start=859
-  _globals['_STATUS']._serialized_end=1141
+  _globals['_DTYPE']._serialized_start=822
+  _globals['_DTYPE']._serialized_end=871
+  _globals['_STATUS']._serialized_start=874
+  _globals['_STATUS']._serialized_end=1156
   _globals['_TENSORSPEC']._serialized_start=53
   _globals['_TENSORSPEC']._serialized_end=94
   _globals['_MANIFEST']._serialized_start=96
   _globals['_MANIFEST']._serialized_end=185
   _globals['_ENROLREQUEST']._serialized_start=187
-  _globals['_ENROLREQUEST']._serialized_end=217
-  _globals['_ENROLREPLY']._serialized_start=219
-  _globals['_ENROLREPLY']._serialized_end=324
-  _globals['_ROUNDSREQUEST']._serialized_start=326
-  _globals['_ROUNDSREQUEST']._serialized_end=358
-  _globals['_ASSIGNMENT']._serialized_start=360
-  _globals['_ASSIGNMENT']._serialized_end=409
-  _globals['_MODELREQUEST']._serialized_start=411
-  _globals['_MODELREQUEST']._serialized_end=457
-  _globals['_CHUNK']._serialized_start=459
-  _globals['_CHUNK']._serialized_end=496
-  _globals['_SUBMITHEADER']._serialized_start=499
-  _globals['_SUBMITHEADER']._serialized_end=631
-  _globals['_SUBMITREQUEST']._serialized_start=633
-  _globals['_SUBMITREQUEST']._serialized_end=740
-  _globals['_RECEIPT']._serialized_start=742
-  _globals['_RECEIPT']._serialized_end=805
-  _globals['_FEDERATION']._serialized_start=1144
-  _globals['_FEDERATION']._serialized_end=1410
+  _globals['_ENROLREQUEST']._serialized_end=232
+  _globals['_ENROLREPLY']._serialized_start=234
+  _globals['_ENROLREPLY']._serialized_end=339
+  _globals['_ROUNDSREQUEST']._serialized_start=341
+  _globals['_ROUNDSREQUEST']._serialized_end=373
+  _globals['_ASSIGNMENT']._serialized_start=375
+  _globals['_ASSIGNMENT']._serialized_end=424
+  _globals['_MODELREQUEST']._serialized_start=426
+  _globals['_MODELREQUEST']._serialized_end=472
+  _globals['_CHUNK']._serialized_start=474
+  _globals['_CHUNK']._serialized_end=511
+  _globals['_SUBMITHEADER']._serialized_start=514
+  _globals['_SUBMITHEADER']._serialized_end=646
+  _globals['_SUBMITREQUEST']._serialized_start=648
+  _globals['_SUBMITREQUEST']._serialized_end=755
+  _globals['_RECEIPT']._serialized_start=757
+  _globals['_RECEIPT']._serialized_end=820
+  _globals['_FEDERATION']._serialized_start=1159
+  _globals['_FEDERATION']._serialized_end=1425
 # @@protoc_insertion_point(module_scope)

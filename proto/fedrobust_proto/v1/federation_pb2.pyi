@@ -58,10 +58,12 @@ class Manifest(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class EnrolRequest(_message.Message):
-    __slots__ = ("client",)
+    __slots__ = ("client", "token")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     client: str
-    def __init__(self, client: _Optional[str] = ...) -> None: ...
+    token: bytes
+    def __init__(self, client: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class EnrolReply(_message.Message):
     __slots__ = ("session", "federation", "manifest", "task")

@@ -19,19 +19,21 @@ from fedrobust_proto.v1.federation_pb2 import (
 from fedrobust_proto.v1.federation_pb2_grpc import FederationStub
 
 from fedrobust.training import Task
+from fedrobust_clients.credentials import Credentials, open_channel
 from fedrobust_clients.runtime import Runtime, participate
 
 
 class GrpcConnection:
     """A `Connection` over a gRPC channel."""
 
-    def __init__(self, channel: grpc.aio.Channel, patience: float) -> None:
-        """Use this channel; give the server `patience` seconds to appear."""
+    def __init__(self, channel: grpc.aio.Channel, patience: float, token: bytes = b"") -> None:
+        """Use this channel; give the server `patience` seconds to appear; enrol with the token."""
         self._stub = FederationStub(channel)
-        self._patience = patience
+        self._patience, self._token = patience, token
 
     async def enrol(self, request: EnrolRequest) -> EnrolReply:
         """Join, waiting for the server to come up."""
+        request.token = self._token
         reply: EnrolReply = await self._stub.Enrol(request, wait_for_ready=True, timeout=self._patience)
         return reply
 
@@ -57,6 +59,7 @@ async def run(
     prepare: Callable[[Task], Runtime],
     watch: Callable[[int, Receipt], None],
     patience: float = 60.0,
+    credentials: Credentials | None = None,
 ) -> int:
     """Take part in the federation of a server until it ends.
 
@@ -66,6 +69,7 @@ async def run(
         prepare: makes the runtime for the server's task.
         watch: is told of every receipt, with its round.
         patience: seconds that the server may take to come up.
+        credentials: for TLS; None sends everything in the clear.
 
     Returns:
         How many updates were accepted.
@@ -73,9 +77,10 @@ async def run(
     Raises:
         ConnectionError: the server is not there, refused, or went away.
     """
-    async with grpc.aio.insecure_channel(address) as channel:
+    token = credentials.token if credentials else b""
+    async with open_channel(address, credentials) as channel:
         try:
-            return await participate(GrpcConnection(channel, patience), client, prepare, watch)
+            return await participate(GrpcConnection(channel, patience, token), client, prepare, watch)
         except grpc.aio.AioRpcError as error:
             raise ConnectionError(
                 f"the server at {address} answered {error.code().name}: {error.details()}"

@@ -35,9 +35,9 @@ def serve(ray_cluster: None, tmp_path: Path) -> Served:
         config: RunConfig, watch: Callable[[RoundReport], None] = lambda _: None
     ) -> AsyncIterator[tuple[FederationStub, Federation]]:
         with federation(config, data_dir=None, runs=tmp_path, ray_address=None, watch=watch) as ready:
-            server, port = await listen(ready.coordinator, "127.0.0.1:0")
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            door = await listen(ready.coordinator, "127.0.0.1:0")
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
                 yield FederationStub(channel), ready
-            await server.stop(grace=0.5)
+            await door.stop(grace=0.5)
 
     return served

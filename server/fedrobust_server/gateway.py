@@ -50,15 +50,15 @@ class Served(Protocol):
         """End a session: the client has opened newer ones."""
         ...
 
-    def rounds(self, request: RoundsRequest) -> AsyncGenerator[Assignment, None]:
+    def rounds(self, request: RoundsRequest, /) -> AsyncGenerator[Assignment, None]:
         """Wait for work."""
         ...
 
-    def model(self, request: ModelRequest) -> AsyncGenerator[Chunk, None]:
+    def model(self, request: ModelRequest, /) -> AsyncGenerator[Chunk, None]:
         """Download the model."""
         ...
 
-    async def submit(self, requests: AsyncIterator[SubmitRequest]) -> Receipt:
+    async def submit(self, requests: AsyncIterator[SubmitRequest], /) -> Receipt:
         """Upload an update."""
         ...
 

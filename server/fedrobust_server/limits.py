@@ -52,8 +52,8 @@ class Limits:
         age_grace: seconds that its calls may then take to end.
         keepalive: seconds of silence after which a peer is asked whether it is still there.
         keepalive_timeout: seconds that it has to answer.
-        ping_interval: seconds that a peer without calls must leave between its own such questions;
-            with calls open, it may ask at most as often, too, or is disconnected.
+        ping_interval: seconds that a peer must leave between its own such questions, or else it is
+            disconnected.
     """
 
     message_bytes: int = (4 << 20) + (64 << 10)
@@ -100,6 +100,8 @@ class Limits:
             ("grpc.max_allowed_incoming_connections", self.connections),
             ("grpc.max_concurrent_streams", self.streams),
             ("grpc.http2.max_ping_strikes", 2),
+            # Compressed messages are refused: what they would grow to is not for the caller to decide.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
             # Two servers on one port would each get some of the clients; the second is to be told.
             ("grpc.so_reuseport", 0),
             *((name, int(seconds * 1000)) for name, seconds in milliseconds.items()),

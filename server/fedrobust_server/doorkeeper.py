@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -71,7 +72,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         )
         wrapped: Handler = wrap(
             many if handler.response_streaming else one,
-            handler.request_deserializer,
+            partial(_weighed, handler.request_deserializer),
             handler.response_serializer,
         )
         return wrapped
@@ -80,10 +81,10 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         """What a handler is called with: a stream, or its one message."""
         if handler.request_streaming:
             return prompt(messages, self._limits)
-        message = await due(messages, self._limits.message_timeout)
-        if message is None:
+        weighed = await due(messages, self._limits.message_timeout)
+        if weighed is None:
             raise MissingError("the call ended without its message")
-        return message
+        return weighed[0]
 
     @contextlib.asynccontextmanager
     async def _attended(self, context: Context, *, stranger: bool) -> AsyncIterator[None]:
@@ -100,6 +101,11 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         except Exception:
             LOG.exception("a call broke the server's code")
             await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says how")
+
+
+def _weighed(read: Callable[[bytes], Any] | None, data: bytes) -> tuple[Any, int]:
+    """A message and its size on the wire."""
+    return read(data) if read else data, len(data)
 
 
 def _behaviour(handler: Handler) -> Any:  # noqa: ANN401 (one of four functions)

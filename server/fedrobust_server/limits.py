@@ -8,21 +8,11 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from fedrobust import InputError
 from fedrobust_server.refusals import ExhaustedError, RefusedError, StalledError
 
-
-class Message(Protocol):
-    """A protobuf message, as far as limits care."""
-
-    def ByteSize(self) -> int:  # noqa: N802 (protobuf's name)
-        """Its size on the wire."""
-        ...
-
-
-M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 
@@ -148,11 +138,16 @@ class Slots:
 
 
 async def prompt(
-    messages: AsyncIterator[M], limits: Limits, clock: Callable[[], float] = time.monotonic
-) -> AsyncGenerator[M, None]:
+    messages: AsyncIterator[tuple[T, int]], limits: Limits, clock: Callable[[], float] = time.monotonic
+) -> AsyncGenerator[T, None]:
     """Pass a caller's stream on for as long as it keeps coming.
 
     Only time spent waiting for the caller counts, so that a busy server blames nobody for it.
+
+    Args:
+        messages: and their sizes on the wire, which protobuf would have to encode them to tell.
+        limits: `message_timeout` and `bytes_per_second`.
+        clock: in seconds.
 
     Raises:
         StalledError: a message took too long, or they come too slowly on the whole.
@@ -160,11 +155,12 @@ async def prompt(
     waited, received = -limits.message_timeout, 0
     while True:
         begun = clock()
-        message = await due(messages, limits.message_timeout)
-        if message is None:
+        weighed = await due(messages, limits.message_timeout)
+        if weighed is None:
             return
+        message, size = weighed
         waited += clock() - begun
-        received += message.ByteSize()
+        received += size
         if waited > 0 and received < waited * limits.bytes_per_second:
             raise StalledError(
                 f"the upload is too slow: it must keep up {limits.bytes_per_second:.0f} bytes a second"
@@ -172,7 +168,7 @@ async def prompt(
         yield message
 
 
-async def due(messages: AsyncIterator[M], timeout: float) -> M | None:
+async def due(messages: AsyncIterator[T], timeout: float) -> T | None:
     """The next message of a stream, which is to come now; None at the stream's end.
 
     Raises:

@@ -329,18 +329,12 @@ def test_a_token_is_not_sent_in_the_clear(keys: Path) -> None:
 # ---- limits -----------------------------------------------------------------------------------------
 
 
-class Message:
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def ByteSize(self) -> int:  # noqa: N802
-        return self.size
-
-
-async def trickle(sizes: list[int], seconds: float, clock: list[float]) -> AsyncIterator[Message]:
+async def trickle(
+    sizes: list[int], seconds: float, clock: list[float]
+) -> AsyncIterator[tuple[str, int]]:
     for size in sizes:
         clock[0] += seconds
-        yield Message(size)
+        yield "message", size
 
 
 def passed(sizes: list[int], seconds: float, limits: Limits) -> int:
@@ -371,9 +365,9 @@ def test_an_upload_must_keep_its_pace() -> None:
 
 
 def test_a_message_must_come_in_time() -> None:
-    async def never() -> AsyncIterator[Message]:
+    async def never() -> AsyncIterator[tuple[str, int]]:
         await asyncio.sleep(60)
-        yield Message(1)
+        yield "message", 1
 
     with pytest.raises(StalledError, match="no message came"):
         asyncio.run(due(never(), 0.01))

@@ -104,7 +104,7 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
     serve.add_argument(
         "--clients-show",
         dest="proof",
-        default="certificate",
+        metavar="WHAT",
         help="with --tls, how clients show who they are: certificate, or token [certificate]",
     )
     serve.add_argument(
@@ -300,7 +300,12 @@ def _serve(options: argparse.Namespace) -> int:
     from fedrobust_server.security import Security
 
     config = _run_config(options)
-    security = Security.load(options.tls, options.proof, config.run) if options.tls else None
+    if options.proof and not options.tls:
+        raise InputError(
+            "--clients-show needs --tls DIR: proofs are shown over an encrypted channel only"
+        )
+    proof = options.proof or "certificate"
+    security = Security.load(options.tls, proof, config.run) if options.tls else None
     check_address(options.bind, secured=security is not None, exposed=options.exposed)
     if options.exposed and security is None:
         _complain(f"WARNING: {_EXPOSED}; anyone who reaches {options.bind} can do both", 0)

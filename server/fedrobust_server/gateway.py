@@ -116,9 +116,10 @@ class Gateway(federation_pb2_grpc.FederationServicer):
         """Upload an update."""
         first = await anext(request_iterator, None)
         requests = _following(first, request_iterator)
-        if first is None or first.WhichOneof("part") != "header":
+        headless = first is None or first.WhichOneof("part") != "header"
+        if headless and self._security is None:
             return await self._served.submit(requests)  # which says what is wrong
-        caller = self._caller(first.header.session, context)
+        caller = self._caller(first.header.session if first else b"", context)
         with self._calls.hold(caller.client), self._uploads.hold(caller.client):
             upload = Cut(self._while_admitted(caller, requests))
             receipt = await self._served.submit(upload)

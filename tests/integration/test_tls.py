@@ -122,8 +122,10 @@ def submit(stub: FederationStub, session: bytes, *parts: pb.SubmitRequest, pause
 def calls(stub: FederationStub, session: bytes) -> dict[str, Coroutine[Any, Any, Any]]:
     """One of each call that carries a session."""
 
-    async def first(stream: AsyncIterator[Any]) -> Any:
-        return await anext(aiter(stream))
+    async def first(stream: Any) -> Any:
+        answer = await stream.read()
+        stream.cancel()
+        return answer
 
     async def upload() -> Any:
         return await submit(stub, session, CHUNK)
@@ -183,6 +185,7 @@ def test_a_client_with_a_certificate_takes_part(authority: Authority) -> None:
                     assert answers["Rounds"].round == 7
                     assert answers["Model"].data == b"model"
                     assert answers["Submit"].status == pb.STATUS_ACCEPTED
+                await until(lambda: recorder.listening == 0)
             assert recorder.enrolled == [("alice", "alice", b"")] * 2
             assert recorder.received == [2, 2]
 
@@ -485,6 +488,31 @@ def test_there_are_so_many_connections() -> None:
             await enrol(stub, "early")
             for _, writer in opened:
                 writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_connection_must_say_what_it_wants(authority: Authority) -> None:
+    async def scenario() -> None:
+        async with door(mutual(authority), Limits(handshake_timeout=0.3)) as (_, listening):
+            reader, writer = await asyncio.open_connection("127.0.0.1", listening.port)
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+            writer.close()
+            async with client(listening, certified(authority)) as stub:
+                await enrol(stub, "alice")
+
+    asyncio.run(scenario())
+
+
+def test_an_upload_without_a_header_is_nobodys(authority: Authority) -> None:
+    async def scenario() -> None:
+        async with (
+            door(mutual(authority)) as (recorder, listening),
+            client(listening, certified(authority)) as stub,
+        ):
+            for parts in ([], [CHUNK]):
+                assert (await refused(stub.Submit(iter(parts))))[0] == StatusCode.FAILED_PRECONDITION
+            assert recorder.received == []
 
     asyncio.run(scenario())
 

@@ -465,6 +465,7 @@ def test_the_command_makes_keys_and_prints_none(
         (["keys", "revoke", "{}/keys", "nobody"], "nobody"),
         (["serve", "--bind", "0.0.0.0:0"], "without TLS"),
         (["serve", "--tls", "{}/absent"], "cannot read"),
+        (["serve", "--clients-show", "token"], "needs --tls"),
         (["client", "--server", "x:1", "--id", "0", "--token", "{}/t"], "encrypted channel only"),
         (["client", "--server", "x:1", "--id", "0", "--ca", "{}/absent"], "cannot read"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -14,7 +15,7 @@ import grpc.aio
 
 from fedrobust_server.coordinator import DeniedError
 from fedrobust_server.limits import Limits, Slots, due, prompt
-from fedrobust_server.refusals import MissingError, RefusedError
+from fedrobust_server.refusals import MissingError, RefusedError, StalledError
 
 LOG = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             async with self._attended(context, stranger=stranger):
                 return await serve(await self._request(handler, messages), context)
 
-        async def many(messages: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        async def many(messages: AsyncIterator[Any], context: Context) -> None:
             async with self._attended(context, stranger=stranger):
                 answers = serve(await self._request(handler, messages), context)
                 if inspect.isawaitable(answers):  # it writes to the context by itself
@@ -63,7 +64,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
                     return
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
-                        yield answer
+                        await self._send(context, answer)
 
         wrap = (
             grpc.stream_stream_rpc_method_handler
@@ -86,12 +87,22 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             raise MissingError("the call ended without its message")
         return weighed[0]
 
+    async def _send(self, context: Context, answer: Any) -> None:  # noqa: ANN401 (any message)
+        """Answer, if the caller takes it: what waits to be sent keeps a model in memory."""
+        try:
+            await asyncio.wait_for(context.write(answer), self._limits.message_timeout)
+        except asyncio.TimeoutError:
+            raise StalledError(
+                f"no answer was taken for {self._limits.message_timeout:g} seconds"
+            ) from None
+
     @contextlib.asynccontextmanager
     async def _attended(self, context: Context, *, stranger: bool) -> AsyncIterator[None]:
         """Tell the caller why it is refused; keep to ourselves what has broken on our side."""
         try:
-            with self._strangers.hold("the server") if stranger else contextlib.nullcontext():
-                yield
+            if stranger:
+                take(self._strangers, "the server", context)
+            yield
         except RefusedError as error:
             await context.abort(error.code, str(error))
         except DeniedError as error:
@@ -101,6 +112,17 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         except Exception:
             LOG.exception("a call broke the server's code")
             await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says how")
+
+
+def take(slots: Slots, holder: str, context: Context) -> None:
+    """Take a slot until the call is over: later than its handler, if the caller will not hear its end.
+
+    Raises:
+        ExhaustedError: none is free.
+    """
+    release = slots.take(holder)
+    # The stubs ask for an instance of a class that exists in them alone.
+    context.add_done_callback(lambda _: release())  # type: ignore[arg-type]
 
 
 def _weighed(read: Callable[[bytes], Any] | None, data: bytes) -> tuple[Any, int]:

@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 
 from fedrobust import InputError
 from fedrobust.text import printable
-from fedrobust_server.doorkeeper import Doorkeeper
+from fedrobust_server.doorkeeper import Doorkeeper, take
 from fedrobust_server.limits import Cut, Limits, Slots
 from fedrobust_server.refusals import ForbiddenError
 from fedrobust_server.security import Security
@@ -99,16 +99,16 @@ class Gateway(federation_pb2_grpc.FederationServicer):
     async def Rounds(self, request: RoundsRequest, context: Context) -> AsyncIterator[Assignment]:  # noqa: N802
         """Wait for work."""
         caller = self._caller(request.session, context)
-        with self._calls.hold(caller.client):
-            async for assignment in self._while_admitted(caller, self._served.rounds(request)):
-                yield assignment
+        take(self._calls, caller.client, context)
+        async for assignment in self._while_admitted(caller, self._served.rounds(request)):
+            yield assignment
 
     async def Model(self, request: ModelRequest, context: Context) -> AsyncIterator[Chunk]:  # noqa: N802
         """Download the model."""
         caller = self._caller(request.session, context)
-        with self._calls.hold(caller.client):
-            async for chunk in self._while_admitted(caller, self._served.model(request)):
-                yield chunk
+        take(self._calls, caller.client, context)
+        async for chunk in self._while_admitted(caller, self._served.model(request)):
+            yield chunk
 
     async def Submit(  # noqa: N802
         self, request_iterator: AsyncGenerator[SubmitRequest, None], context: Context
@@ -120,9 +120,10 @@ class Gateway(federation_pb2_grpc.FederationServicer):
         if headless and self._security is None:
             return await self._served.submit(requests)  # which says what is wrong
         caller = self._caller(first.header.session if first else b"", context)
-        with self._calls.hold(caller.client), self._uploads.hold(caller.client):
-            upload = Cut(self._while_admitted(caller, requests))
-            receipt = await self._served.submit(upload)
+        take(self._calls, caller.client, context)
+        take(self._uploads, caller.client, context)
+        upload = Cut(self._while_admitted(caller, requests))
+        receipt = await self._served.submit(upload)
         if upload.refused is not None:
             raise upload.refused
         return receipt

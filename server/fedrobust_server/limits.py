@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -18,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """What callers may take. A whole server holds at most `connections` times `streams` calls.
+    """What callers may take.
 
     Attributes:
         message_bytes: of one message; a chunk of an update may have 4 MiB.
@@ -33,7 +32,8 @@ class Limits:
         uploads_per_client: concurrent uploads of one client. Each holds at most one message and the
             transport's window of some MiB, so this bounds a client's bytes in flight as well.
         uploads: concurrent uploads of all clients together.
-        message_timeout: seconds within which a message that is due must have arrived.
+        message_timeout: seconds within which a message that is due must have come, or an answer have
+            been taken; clients send chunks of 1 MiB.
         bytes_per_second: what an upload must keep up on average, not counting the first
             `message_timeout` seconds of waiting, nor the time in which the server is busy with it.
         handshake_timeout: seconds that a connection may take to set up TLS and HTTP/2.
@@ -113,9 +113,8 @@ class Slots:
         self._held: Counter[str] = Counter()
         self._count = 0
 
-    @contextlib.contextmanager
-    def hold(self, holder: str) -> Iterator[None]:
-        """Take a slot for the time of a `with` block.
+    def take(self, holder: str) -> Callable[[], None]:
+        """Take a slot; returns what gives it back, to be called once.
 
         Raises:
             ExhaustedError: all of the holder's slots, or all there are, are taken.
@@ -128,13 +127,14 @@ class Slots:
             raise ExhaustedError(f"the server has {self._total} {self._what} already; try again later")
         self._held[holder] += 1
         self._count += 1
-        try:
-            yield
-        finally:
+
+        def release() -> None:
             self._count -= 1
             self._held[holder] -= 1
             if not self._held[holder]:
                 del self._held[holder]
+
+        return release
 
 
 async def prompt(

@@ -62,8 +62,14 @@ class Recorder:
         finally:
             self.listening -= 1
 
-    async def model(self, _request: pb.ModelRequest) -> AsyncGenerator[pb.Chunk, None]:
-        yield pb.Chunk(data=b"model")
+    async def model(self, request: pb.ModelRequest) -> AsyncGenerator[pb.Chunk, None]:
+        self.listening += 1
+        try:
+            yield pb.Chunk(data=b"model")
+            for _ in range(request.round):  # a large model, in MiB
+                yield pb.Chunk(data=bytes(1 << 20))
+        finally:
+            self.listening -= 1
 
     async def submit(self, requests: AsyncIterator[pb.SubmitRequest]) -> pb.Receipt:
         self.received.append(0)
@@ -97,6 +103,10 @@ async def refused(call: Awaitable[Any]) -> tuple[StatusCode, str]:
     return caught.value.code(), caught.value.details() or ""
 
 
+async def drained(stream: AsyncIterator[Any]) -> int:
+    return len([message async for message in stream])
+
+
 async def until(condition: Callable[[], bool]) -> None:
     for _ in range(1000):
         if condition():
@@ -117,6 +127,20 @@ def submit(stub: FederationStub, session: bytes, *parts: pb.SubmitRequest, pause
             yield part
 
     return stub.Submit(stream())
+
+
+async def accepted(stub: FederationStub, session: bytes) -> None:
+    """Upload as soon as earlier calls are over."""
+    for _ in range(1000):
+        try:
+            assert (await submit(stub, session, CHUNK)).status == pb.STATUS_ACCEPTED
+        except grpc.aio.AioRpcError as error:
+            if error.code() != StatusCode.RESOURCE_EXHAUSTED:
+                raise
+            await asyncio.sleep(0.01)
+        else:
+            return
+    pytest.fail("earlier calls are never over")
 
 
 def calls(stub: FederationStub, session: bytes) -> dict[str, Coroutine[Any, Any, Any]]:
@@ -412,6 +436,23 @@ def test_the_slow_are_cut_off_and_an_honest_client_goes_on() -> None:
     asyncio.run(scenario())
 
 
+def test_who_does_not_take_the_model_does_not_keep_it_in_memory() -> None:
+    async def scenario() -> None:
+        limits = Limits(message_timeout=0.4, calls_per_client=2)
+        async with door(limits=limits) as (recorder, listening), client(listening) as stub:
+            session = (await enrol(stub, "slow")).session
+            streams = [stub.Model(pb.ModelRequest(session=session, round=64)) for _ in range(2)]
+            await until(lambda: recorder.listening == 2)
+            await until(lambda: recorder.listening == 0)
+            # The calls end only when their caller hears of it; until then they count.
+            assert (await refused(submit(stub, session, CHUNK)))[0] == StatusCode.RESOURCE_EXHAUSTED
+            assert (await refused(drained(streams[0])))[0] == StatusCode.DEADLINE_EXCEEDED
+            streams[1].cancel()
+            await accepted(stub, session)
+
+    asyncio.run(scenario())
+
+
 def test_what_is_too_large_or_compressed_is_refused_and_an_honest_client_goes_on() -> None:
     async def scenario() -> None:
         async with door() as (_, listening), client(listening) as stub, client(listening) as other:
@@ -452,8 +493,7 @@ def test_a_client_has_so_many_calls_and_uploads() -> None:
             assert (await submit(stub, honest, CHUNK)).status == pb.STATUS_ACCEPTED
             for ended in (*uploads, *listens):
                 ended.cancel()
-            await until(lambda: recorder.listening == 0)
-            assert (await submit(stub, greedy, CHUNK)).status == pb.STATUS_ACCEPTED
+            await accepted(stub, greedy)
 
     asyncio.run(scenario())
 

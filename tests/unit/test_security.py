@@ -375,15 +375,17 @@ def test_a_message_must_come_in_time() -> None:
 
 def test_slots_are_given_back() -> None:
     slots = Slots("uploads", total=3, each=2)
-    with slots.hold("a"), slots.hold("a"):
-        with pytest.raises(ExhaustedError, match="a has 2 uploads already"), slots.hold("a"):
-            pass
-        with slots.hold("b"), pytest.raises(ExhaustedError, match="server has 3"), slots.hold("c"):
-            pass
-        with slots.hold("c"):
-            pass
-    with slots.hold("a"), slots.hold("a"):
-        pass
+    for _ in range(2):
+        held = [slots.take("a"), slots.take("a")]
+        with pytest.raises(ExhaustedError, match="a has 2 uploads already"):
+            slots.take("a")
+        held.append(slots.take("b"))
+        with pytest.raises(ExhaustedError, match="server has 3"):
+            slots.take("c")
+        held.pop()()
+        held.append(slots.take("c"))
+        for release in held:
+            release()
     assert not slots._held
     assert slots._count == 0
 

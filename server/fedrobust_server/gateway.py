@@ -46,8 +46,8 @@ class Served(Protocol):
         """Join, as the client that the identity names; None trusts the name in the request."""
         ...
 
-    def forget(self, session: bytes) -> None:
-        """End a session: the client has opened newer ones."""
+    def owner(self, session: bytes) -> str | None:
+        """The client that a session belongs to; None if it is over, or never was."""
         ...
 
     def rounds(self, request: RoundsRequest, /) -> AsyncGenerator[Assignment, None]:
@@ -75,7 +75,7 @@ class Gateway(federation_pb2_grpc.FederationServicer):
             limits: on what callers may take.
         """
         self._served, self._security = served, security
-        self._sessions = Sessions(limits)
+        self._sessions = Sessions(served.owner, limits.sessions)
         self._calls = Slots("calls", limits.calls, limits.calls_per_client)
         self._uploads = Slots("uploads", limits.uploads, limits.uploads_per_client)
 
@@ -90,10 +90,9 @@ class Gateway(federation_pb2_grpc.FederationServicer):
                     f"'{printable(request.client, 64)}'"
                 )
         request.ClearField("token")  # a secret, of no use to anything further in
-        self._sessions.check_room(request.client)
+        self._sessions.check_room()
         reply = await self._served.enrol(request, identity.name if identity else None)
-        for ended in self._sessions.open(Session(reply.session, request.client, identity)):
-            self._served.forget(ended.key)
+        self._sessions.open(reply.session, identity)
         return reply
 
     async def Rounds(self, request: RoundsRequest, context: Context) -> AsyncIterator[Assignment]:  # noqa: N802

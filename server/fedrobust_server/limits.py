@@ -26,8 +26,7 @@ class Limits:
         streams: concurrent calls on one connection; further ones wait at the caller.
         calls: concurrent calls of all callers together.
         strangers: concurrent calls of health checks and reflection, which ask for no session.
-        sessions: of all clients together.
-        sessions_per_client: a further one ends the client's oldest.
+        sessions: of all clients together; of each client, the coordinator keeps the newest few.
         calls_per_client: concurrent calls with a client's sessions.
         uploads_per_client: concurrent uploads of one client. Each holds at most one message and the
             transport's window of some MiB, so this bounds a client's bytes in flight as well.
@@ -53,7 +52,6 @@ class Limits:
     calls: int = 16384
     strangers: int = 64
     sessions: int = 16384
-    sessions_per_client: int = 4
     calls_per_client: int = 8
     uploads_per_client: int = 2
     uploads: int = 4096

@@ -1,10 +1,10 @@
-"""Which sessions are open, whose they are, and with what credential they were opened."""
+"""With what credentials the open sessions were opened."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fedrobust_server.limits import Limits
 from fedrobust_server.refusals import ExhaustedError, UnknownError
 from fedrobust_server.security import Identity
 
@@ -25,43 +25,42 @@ class Session:
 
 
 class Sessions:
-    """The open sessions, at most so many in all and of each client."""
+    """The sessions opened here, at most so many; the coordinator says whose they are, and ends them."""
 
-    def __init__(self, limits: Limits) -> None:
-        """Keep to these limits."""
-        self._limits = limits
-        self._by_key: dict[bytes, Session] = {}
-        self._by_client: dict[str, list[Session]] = {}
+    def __init__(self, owner: Callable[[bytes], str | None], most: int) -> None:
+        """Keep the credentials of sessions.
+
+        Args:
+            owner: of a session, by its key; None once it has ended.
+            most: sessions that may be open at a time.
+        """
+        self._owner, self._most = owner, most
+        self._opened: dict[bytes, Identity | None] = {}
 
     def find(self, key: bytes) -> Session:
         """The session that a call carries.
 
         Raises:
-            UnknownError: there is none.
+            UnknownError: there is none (any more).
         """
-        try:
-            # A lookup by hash tells a guesser of 128 random bits nothing by the time it takes.
-            return self._by_key[key]
-        except KeyError:
-            raise UnknownError("unknown session; enrol first") from None
+        # A lookup by hash tells a guesser of 128 random bits nothing by the time it takes.
+        owner = self._owner(key) if key in self._opened else None
+        if owner is None:
+            raise UnknownError("unknown session; enrol first")
+        return Session(key, owner, self._opened[key])
 
-    def check_room(self, client: str) -> None:
-        """Whether a client may open one more.
+    def check_room(self) -> None:
+        """Whether one more can be opened.
 
         Raises:
-            ExhaustedError: no more sessions can be open.
+            ExhaustedError: too many are open.
         """
-        if client not in self._by_client and len(self._by_key) >= self._limits.sessions:
-            raise ExhaustedError(f"the server has {self._limits.sessions} sessions already")
+        if len(self._opened) >= self._most:
+            open_still = ((k, who) for k, who in self._opened.items() if self._owner(k) is not None)
+            self._opened = dict(open_still)
+        if len(self._opened) >= self._most:
+            raise ExhaustedError(f"the server has {self._most} sessions already; try again later")
 
-    def open(self, session: Session) -> list[Session]:
-        """Add a session; returns those of the client's older ones that end by it."""
-        mine = self._by_client.setdefault(session.client, [])
-        mine.append(session)
-        self._by_key[session.key] = session
-        full = len(self._by_key) > self._limits.sessions
-        excess = max(len(mine) - self._limits.sessions_per_client, int(full and len(mine) > 1))
-        ended, mine[:] = mine[:excess], mine[excess:]
-        for old in ended:
-            del self._by_key[old.key]
-        return ended
+    def open(self, key: bytes, identity: Identity | None) -> None:
+        """Remember with what a session was opened."""
+        self._opened[key] = identity

@@ -40,7 +40,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.enrolled: list[tuple[str, str | None, bytes]] = []
-        self.forgotten: list[bytes] = []
+        self.sessions: dict[bytes, str] = {}
         self.received: list[int] = []
         self.listening = 0
         self.offers: asyncio.Queue[int] = asyncio.Queue()
@@ -49,10 +49,12 @@ class Recorder:
         self.enrolled.append((request.client, identity, request.token))
         if request.client == "broken":
             raise RuntimeError("a secret of the server's")
-        return pb.EnrolReply(session=f"{request.client}-{len(self.enrolled)}".encode())
+        session = f"{request.client}-{len(self.enrolled)}".encode()
+        self.sessions[session] = request.client
+        return pb.EnrolReply(session=session)
 
-    def forget(self, session: bytes) -> None:
-        self.forgotten.append(session)
+    def owner(self, session: bytes) -> str | None:
+        return self.sessions.get(session)
 
     async def rounds(self, _request: pb.RoundsRequest) -> AsyncGenerator[pb.Assignment, None]:
         self.listening += 1
@@ -498,17 +500,16 @@ def test_a_client_has_so_many_calls_and_uploads() -> None:
     asyncio.run(scenario())
 
 
-def test_a_clients_oldest_session_makes_room_for_its_newest() -> None:
+def test_there_are_so_many_sessions() -> None:
     async def scenario() -> None:
-        limits = Limits(sessions=3, sessions_per_client=2)
-        async with door(limits=limits) as (recorder, listening), client(listening) as stub:
-            sessions = [(await enrol(stub, "alice")).session for _ in range(3)]
-            assert recorder.forgotten == sessions[:1]
-            assert (await refused(submit(stub, sessions[0], CHUNK)))[0] == StatusCode.FAILED_PRECONDITION
-            assert (await submit(stub, sessions[2], CHUNK)).status == pb.STATUS_ACCEPTED
-            await enrol(stub, "bob")
+        async with door(limits=Limits(sessions=2)) as (recorder, listening), client(listening) as stub:
+            first, second = [(await enrol(stub, name)).session for name in ("alice", "bob")]
             assert (await refused(enrol(stub, "carol")))[0] == StatusCode.RESOURCE_EXHAUSTED
-            assert recorder.enrolled[-1][0] == "bob"
+            assert [client for client, _, _ in recorder.enrolled] == ["alice", "bob"]
+            del recorder.sessions[first]
+            await enrol(stub, "carol")
+            assert (await refused(submit(stub, first, CHUNK)))[0] == StatusCode.FAILED_PRECONDITION
+            await accepted(stub, second)
 
     asyncio.run(scenario())
 

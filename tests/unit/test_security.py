@@ -391,22 +391,21 @@ def test_slots_are_given_back() -> None:
 
 
 def test_sessions_are_bounded() -> None:
-    sessions = Sessions(Limits(sessions=3, sessions_per_client=2))
-
-    def enrol(key: bytes, client: str) -> list[bytes]:
-        sessions.check_room(client)
-        return [ended.key for ended in sessions.open(Session(key, client, None))]
-
-    assert [enrol(key, "a") for key in (b"1", b"2", b"3")] == [[], [], [b"1"]]
-    with pytest.raises(UnknownError):
-        sessions.find(b"1")
-    assert sessions.find(b"2").client == "a"
-    assert enrol(b"4", "b") == []
-    with pytest.raises(ExhaustedError, match="3 sessions"):
-        enrol(b"5", "c")
-    assert enrol(b"6", "b") == [b"4"]  # the server is full, but it may still start anew
-    assert enrol(b"7", "a") == [b"2"]
-    assert len(sessions._by_key) == 3
+    owners = {b"1": "a", b"2": "b", b"3": "c"}
+    sessions = Sessions(owners.get, most=2)
+    identity = Identity("a", "0", 0.0)
+    for key in (b"1", b"2"):
+        sessions.check_room()
+        sessions.open(key, identity)
+    assert sessions.find(b"1") == Session(b"1", "a", identity)
+    with pytest.raises(ExhaustedError, match="2 sessions"):
+        sessions.check_room()
+    del owners[b"1"]  # the coordinator has ended it
+    for key in (b"1", b"3", b"4"):
+        with pytest.raises(UnknownError):
+            sessions.find(key)
+    sessions.check_room()
+    assert list(sessions._opened) == [b"2"]
 
 
 def test_bad_limits_are_refused() -> None:

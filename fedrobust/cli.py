@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedrobust_proto.v1.federation_pb2 import Receipt
     from fedrobust_server.config import RunConfig
     from fedrobust_server.launch import Federation
+    from fedrobust_server.security import Security
 T = TypeVar("T")
 
 _SIMULATE = """\
@@ -34,7 +35,6 @@ example, with ten clients in other terminals:
   fedrobust serve --bind 127.0.0.1:7070 --clients 10 --rounds 20
   fedrobust client --server 127.0.0.1:7070 --id 0
 """
-_EXPOSED = "updates travel in the clear, and clients are believed to be who they say"
 _CLIENT = """\
 examples, the second one as a member of a coalition of two:
   fedrobust client --server 127.0.0.1:7070 --id 3
@@ -296,19 +296,10 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from fedrobust_server.gateway import check_address, listen
-    from fedrobust_server.security import Security
+    from fedrobust_server.gateway import listen
 
     config = _run_config(options)
-    if options.proof and not options.tls:
-        raise InputError(
-            "--clients-show needs --tls DIR: proofs are shown over an encrypted channel only"
-        )
-    proof = options.proof or "certificate"
-    security = Security.load(options.tls, proof, config.run) if options.tls else None
-    check_address(options.bind, secured=security is not None, exposed=options.exposed)
-    if options.exposed and security is None:
-        _complain(f"WARNING: {_EXPOSED}; anyone who reaches {options.bind} can do both", 0)
+    security = _security(options, config.run)
 
     async def run(federation: Federation) -> None:
         door = await listen(federation.coordinator, options.bind, security, exposed=options.exposed)
@@ -323,6 +314,27 @@ def _serve(options: argparse.Namespace) -> int:
             await door.stop(grace=2.0)
 
     return _run_federation(options, config, run)
+
+
+def _security(options: argparse.Namespace, run: str) -> Security | None:
+    """How a run's server is secured; refuses before anything is made or started."""
+    from fedrobust_server.gateway import check_address
+    from fedrobust_server.security import Security
+
+    if options.proof and not options.tls:
+        raise InputError(
+            "--clients-show needs --tls DIR: proofs are shown over an encrypted channel only"
+        )
+    proof = options.proof or "certificate"
+    security = Security.load(options.tls, proof, run) if options.tls else None
+    check_address(options.bind, secured=security is not None, exposed=options.exposed)
+    if options.exposed and security is None:
+        _complain(
+            f"WARNING: whoever reaches {options.bind} can read this federation's updates, and poison "
+            "it in any client's name",
+            0,
+        )
+    return security
 
 
 def _run_federation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,12 +60,14 @@ class Credentials:
         )
 
 
-def open_channel(address: str, credentials: Credentials | None) -> grpc.aio.Channel:
-    """A channel to "host:port", encrypted unless there are no credentials."""
+def open_channel(
+    address: str, credentials: Credentials | None, options: Sequence[tuple[str, int]] = ()
+) -> grpc.aio.Channel:
+    """A channel to "host:port", encrypted unless there are no credentials, with gRPC's options."""
     if credentials is None:
-        return grpc.aio.insecure_channel(address)
+        return grpc.aio.insecure_channel(address, options)
     shown = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
-    return grpc.aio.secure_channel(address, shown)
+    return grpc.aio.secure_channel(address, shown, options)
 
 
 def _read(path: Path) -> bytes:

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from fedrobust_server.coordinator import DeniedError
 from fedrobust_server.limits import Limits, Slots, due, prompt
-from fedrobust_server.refusals import MissingError, RefusedError, StalledError
+from fedrobust_server.refusals import MalformedError, RefusedError, StalledError
 
 LOG = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             return prompt(messages, self._limits)
         weighed = await due(messages, self._limits.message_timeout)
         if weighed is None:
-            raise MissingError("the call ended without its message")
+            raise MalformedError("the call ended without its message")
         return weighed[0]
 
     async def _send(self, context: Context, answer: Any) -> None:  # noqa: ANN401 (any message)
@@ -127,7 +128,10 @@ def take(slots: Slots, holder: str, context: Context) -> None:
 
 def _weighed(read: Callable[[bytes], Any] | None, data: bytes) -> tuple[Any, int]:
     """A message and its size on the wire."""
-    return read(data) if read else data, len(data)
+    try:
+        return read(data) if read else data, len(data)
+    except DecodeError:
+        raise MalformedError("the message cannot be read; is the client of another version?") from None
 
 
 def _behaviour(handler: Handler) -> Any:  # noqa: ANN401 (one of four functions)

@@ -45,7 +45,7 @@ class StalledError(RefusedError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-class MissingError(RefusedError):
-    """The call lacks its message."""
+class MalformedError(RefusedError):
+    """The call's message is missing, or none of ours."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT

@@ -596,6 +596,27 @@ def test_reflection_lists_the_service(authority: Authority) -> None:
     asyncio.run(scenario())
 
 
+def test_unknown_methods_and_bytes_that_are_no_message_are_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        async with (
+            door() as (recorder, listening),
+            open_channel(f"127.0.0.1:{listening.port}", None) as channel,
+        ):
+            unknown = channel.unary_unary(f"/{SERVICE}/Shell")
+            assert (await refused(unknown(b"")))[0] == StatusCode.UNIMPLEMENTED
+            for method in ("Enrol", "Rounds", "Model", "Submit"):
+                code, details = await refused(channel.unary_unary(f"/{SERVICE}/{method}")(b"\xff" * 99))
+                assert code == StatusCode.INVALID_ARGUMENT, method
+                assert "cannot be read" in details
+            assert recorder.enrolled == []
+            await enrol(FederationStub(channel), "alice")
+
+    asyncio.run(scenario())
+    assert caplog.text == ""  # strangers do not fill the log
+
+
 def test_a_fault_of_the_servers_keeps_its_secrets(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with door() as (_, listening), client(listening) as stub:

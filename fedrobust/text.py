@@ -89,6 +89,24 @@ def choose(value: str, choices: Iterable[str], what: str) -> str:
     raise InputError(f"unknown {what} {value!r}{hint}; choose from {', '.join(known)}")
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """Text of a stranger's, safe for a terminal, a log line and a message.
+
+    Whatever a terminal could take for a command (escapes, line ends, characters that turn the direction
+    of writing) is shown by its number instead.
+
+    Args:
+        text: anything.
+        limit: how many characters may remain; cut text ends in "...".
+    """
+    shown = "".join(c if c.isprintable() else _escaped(c) for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: max(limit - 3, 0)] + "..."[:limit]
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def _stages(node: ast.expr) -> list[ast.expr]:
     stages: list[ast.expr] = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):

@@ -11,11 +11,12 @@ import signal
 import sys
 import time
 import typing
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fedrobust.errors import InputError
+from fedrobust.text import printable
 
 if TYPE_CHECKING:
     from fedrobust_clients.runtime import Runtime
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedrobust_server.config import RunConfig
     from fedrobust_server.launch import Federation
     from fedrobust_server.runs import RunFolder
+    from fedrobust_server.security import Security
 T = TypeVar("T")
 
 _LEDGER = """\
@@ -48,6 +50,14 @@ _CLIENT = """\
 examples, the second one as a member of a coalition of two:
   fedrobust client --server 127.0.0.1:7070 --id 3
   fedrobust client --server 127.0.0.1:7070 --id 1 --attack ipm --malicious 2
+"""
+_KEYS = """\
+example:
+  fedrobust keys authority keys
+  fedrobust keys server keys --host fl.example.org 10.1.2.3
+  fedrobust keys client keys st-mary st-john
+  fedrobust serve --tls keys/server --bind 0.0.0.0:7070
+  fedrobust client --key-dir keys/clients/st-mary --name st-mary --id 0 --server fl.example.org:7070
 """
 _REDTEAM = """\
 examples, the second one the table of docs/redteam.md:
@@ -101,9 +111,37 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
     serve.add_argument(
         "--resume", type=Path, metavar="FOLDER", help="go on with this run, as it was configured"
     )
+    serve.add_argument(
+        "--tls",
+        type=Path,
+        metavar="DIR",
+        help="encrypt; the server's folder, by `fedrobust keys server`",
+    )
+    serve.add_argument(
+        "--clients-show",
+        dest="proof",
+        metavar="WHAT",
+        help="with --tls, how clients show who they are: certificate, or token [certificate]",
+    )
+    serve.add_argument(
+        "--insecure-anyone-can-read-and-poison-this-federation",
+        dest="exposed",
+        action="store_true",
+        help="listen beyond loopback without --tls",
+    )
     client = _command(commands, "client", "one client of a federation", _CLIENT, _client)
     client.add_argument("--server", required=True, help="host:port of the server")
     client.add_argument("--id", type=int, required=True, help="which client of the task, from 0")
+    client.add_argument("--name", help="what the client is called [client- and its id]")
+    client.add_argument(
+        "--key-dir", type=Path, metavar="DIR", help="mutual TLS; the folder by `fedrobust keys client`"
+    )
+    client.add_argument(
+        "--token", type=Path, metavar="FILE", help="from `fedrobust keys token`; with --ca"
+    )
+    client.add_argument(
+        "--ca", type=Path, metavar="FILE", help="TLS; authority.pem [the one in --key-dir]"
+    )
     client.add_argument("--attack", help="be malicious, and send this")
     client.add_argument("--malicious", type=int, default=1, help="size of the coalition: ids below it")
     client.add_argument("--rule", help="the server's rule, for attacks that try their rows on it")
@@ -125,7 +163,40 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
     ):
         redteam.add_argument(f"--{name}", type=kind, help=what)
     redteam.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    _keys_commands(_command(commands, "keys", "make and revoke certificates and tokens", _KEYS, None))
     return parser
+
+
+def _keys_commands(keys: argparse.ArgumentParser) -> None:
+    actions = keys.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def action(
+        name: str, help_text: str, run: Callable[[argparse.Namespace], int], days: int | None = None
+    ) -> argparse.ArgumentParser:
+        parser = _command(actions, name, help_text, "", run)
+        parser.add_argument("folder", type=Path, metavar="DIR", help="of the authority")
+        if days:
+            parser.add_argument("--days", type=int, default=days, help=f"how long it is good [{days}]")
+        return parser
+
+    action("authority", "a new authority, in a new folder", _keys_authority, 3650)
+    server = action("server", "the server's certificate", _keys_server, 365)
+    server.add_argument(
+        *("--host", "--hosts"),
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="HOST",
+        help="every host name and IP address by which clients reach the server",
+    )
+    client = action("client", "certificates of clients", _keys_client, 365)
+    client.add_argument("names", nargs="+", metavar="NAME", help="of the client")
+    token = action("token", "enrolment tokens, where clients have no certificates", _keys_token, 30)
+    token.add_argument("names", nargs="+", metavar="NAME", help="of the client")
+    token.add_argument("--run", dest="federation", default="", help="good for the run of this name only")
+    revoke = action("revoke", "shut out a client, or one certificate or token", _keys_revoke)
+    revoke.add_argument("what", metavar="NAME_OR_SERIAL", help="a client's name, or a serial number")
+    action("list", "what was issued, and whether it is good", _keys_list)
 
 
 def _command(
@@ -133,8 +204,9 @@ def _command(
     name: str,
     help_text: str,
     example: str,
-    run: Callable[[argparse.Namespace], int],
+    run: Callable[[argparse.Namespace], int] | None,
 ) -> argparse.ArgumentParser:
+    """Add a command; without `run` it is a group of commands, and has no options."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help_text,
@@ -143,8 +215,10 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if run is None:
+        return parser
     parser.set_defaults(run=run)
-    if run is not _redteam:  # needs no data
+    if run in (_simulate, _serve, _client):
         parser.add_argument(
             "--data-dir", type=Path, help="where datasets are (default: $FEDROBUST_DATA)"
         )
@@ -296,36 +370,65 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from fedrobust_server.gateway import listen, require_loopback
+    from fedrobust_server.gateway import listen
     from fedrobust_server.runs import RunFolder
 
     from fedrobust.data import load
 
-    require_loopback(options.bind)
     if options.resume:
         if given := [key for key, value in vars(options).items() if ":" in key and value is not None]:
             flag = given[0].partition(":")[2].replace("_", "-")
             raise InputError(f"--resume goes on with the run as it was configured; leave --{flag} out")
         folder, config = RunFolder.open(options.resume)
+        security = _security(options, config.run)
     else:
         config = _run_config(options)
+        security = _security(options, config.run)
         load(config.task.dataset, options.data_dir)  # before anything is left on disk
         folder = RunFolder.create(options.runs_dir, config)
 
     async def run(federation: Federation) -> None:
-        server, port = await listen(federation.coordinator, options.bind)
+        door = await listen(federation.coordinator, options.bind, security, exposed=options.exposed)
         host = options.bind.rpartition(":")[0]
         if options.json:
-            print(json.dumps({"listening": f"{host}:{port}"}), flush=True)  # noqa: T201
+            print(json.dumps({"listening": f"{host}:{door.port}"}), flush=True)  # noqa: T201
         else:
-            print(f"listening on {host}:{port} for {config.needed} clients", flush=True)  # noqa: T201
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, federation.coordinator.drain)
+            print(f"listening on {host}:{door.port} for {config.needed} clients", flush=True)  # noqa: T201
+
+        draining: list[asyncio.Task[None]] = []
+
+        def drain() -> None:
+            federation.coordinator.drain()
+            draining.append(asyncio.ensure_future(door.drain()))
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
         try:
             await federation.coordinator.run()
         finally:
-            await server.stop(grace=2.0)
+            await door.stop(grace=2.0)
 
     return _run_federation(options, config, folder, run)
+
+
+def _security(options: argparse.Namespace, run: str) -> Security | None:
+    """How a run's server is secured; refuses before anything is made or started."""
+    from fedrobust_server.gateway import check_address
+    from fedrobust_server.security import Security
+
+    if options.proof and not options.tls:
+        raise InputError(
+            "--clients-show needs --tls DIR: proofs are shown over an encrypted channel only"
+        )
+    proof = options.proof or "certificate"
+    security = Security.load(options.tls, proof, run) if options.tls else None
+    check_address(options.bind, secured=security is not None, exposed=options.exposed)
+    if options.exposed and security is None:
+        _complain(
+            f"WARNING: whoever reaches {options.bind} can read this federation's updates, and poison "
+            "it in any client's name",
+            0,
+        )
+    return security
 
 
 def _run_federation(
@@ -388,6 +491,7 @@ async def _both(server: asyncio.Future[Any], clients: asyncio.Future[Any]) -> No
 
 def _client(options: argparse.Namespace) -> int:
     import torch
+    from fedrobust_clients.credentials import Credentials
     from fedrobust_clients.malicious import Malicious, Threat
     from fedrobust_clients.remote import run
     from fedrobust_clients.runtime import Honest
@@ -409,6 +513,7 @@ def _client(options: argparse.Namespace) -> int:
         )
     if options.id < 0:
         raise InputError(f"--id must be at least 0, got {options.id}")
+    credentials = Credentials.read(options.ca, options.key_dir, options.token)
     torch.set_num_threads(1)  # many clients share a machine in experiments
 
     def prepare(task: Task) -> Runtime:
@@ -426,10 +531,73 @@ def _client(options: argparse.Namespace) -> int:
                 json.dumps({"round": number, "status": status, "reason": receipt.reason}), flush=True
             )
         else:
-            print(f"round {number}: {status.lower()} {receipt.reason}".rstrip(), flush=True)  # noqa: T201
+            reason = printable(receipt.reason)
+            print(f"round {number}: {status.lower()} {reason}".rstrip(), flush=True)  # noqa: T201
 
-    name = client_name(options.id)
-    asyncio.run(_interruptible(run(options.server, name, prepare, watch, options.patience)))
+    name = options.name or client_name(options.id)
+    work = run(options.server, name, prepare, watch, options.patience, credentials)
+    asyncio.run(_interruptible(work))
+    return 0
+
+
+def _keys_authority(options: argparse.Namespace) -> int:
+    from fedrobust_server.keys import Authority
+
+    return _made(options, [Authority.create(options.folder, options.days).folder])
+
+
+def _keys_server(options: argparse.Namespace) -> int:
+    from fedrobust_server.keys import Authority
+
+    return _made(options, [Authority(options.folder).server(options.host, options.days)])
+
+
+def _keys_client(options: argparse.Namespace) -> int:
+    from fedrobust_server.keys import Authority
+
+    authority = Authority(options.folder)
+    return _made(options, (authority.client(name, options.days) for name in options.names))
+
+
+def _keys_token(options: argparse.Namespace) -> int:
+    from fedrobust_server.keys import Authority
+
+    authority = Authority(options.folder)
+    return _made(
+        options, (authority.token(name, options.days, options.federation) for name in options.names)
+    )
+
+
+def _made(options: argparse.Namespace, paths: Iterable[Path]) -> int:
+    """Say where the new keys are; what they are is nobody's business."""
+    for path in paths:
+        print(json.dumps({"made": str(path)}) if options.json else f"made {path}", flush=True)  # noqa: T201
+    return 0
+
+
+def _keys_revoke(options: argparse.Namespace) -> int:
+    from fedrobust_server.keys import Authority
+
+    for issued in Authority(options.folder).revoke(options.what):
+        told = {"revoked": issued.name, "kind": issued.kind, "serial": issued.serial}
+        line = (
+            json.dumps(told) if options.json else f"revoked {issued.kind} {issued.name} {issued.serial}"
+        )
+        print(line)  # noqa: T201
+    return 0
+
+
+def _keys_list(options: argparse.Namespace) -> int:
+    from fedrobust_server.keys import Authority
+
+    authority = Authority(options.folder)
+    for issued in authority.issued():
+        state = authority.state(issued)
+        if options.json:
+            print(json.dumps({**dataclasses.asdict(issued), "state": state}))  # noqa: T201
+        else:
+            expires = time.strftime("%Y-%m-%d", time.gmtime(issued.expires))
+            print(f"{issued.kind:<7} {state:<8} {expires}  {issued.serial}  {issued.name}")  # noqa: T201
     return 0
 
 
@@ -574,7 +742,7 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"fedrobust: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    print(f"fedrobust: {printable(' '.join(message.split()), 2000)}", file=sys.stderr)  # noqa: T201
     return code
 
 

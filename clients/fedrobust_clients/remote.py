@@ -23,6 +23,7 @@ from fedrobust_proto.v1.federation_pb2 import (
 from fedrobust_proto.v1.federation_pb2_grpc import FederationStub
 
 from fedrobust.training import Task
+from fedrobust_clients.credentials import Credentials, open_channel
 from fedrobust_clients.runtime import Participation, Runtime, pauses
 
 _OPTIONS = [
@@ -35,13 +36,14 @@ _OPTIONS = [
 class GrpcConnection:
     """A `Connection` over a gRPC channel."""
 
-    def __init__(self, channel: grpc.aio.Channel, patience: float) -> None:
-        """Use this channel; give the server `patience` seconds to appear."""
+    def __init__(self, channel: grpc.aio.Channel, patience: float, token: bytes = b"") -> None:
+        """Use this channel; give the server `patience` seconds to appear; enrol with the token."""
         self._stub = FederationStub(channel)
-        self._patience = patience
+        self._patience, self._token = patience, token
 
     async def enrol(self, request: EnrolRequest) -> EnrolReply:
         """Join, waiting for the server to come up."""
+        request.token = self._token
         reply: EnrolReply = await self._stub.Enrol(request, wait_for_ready=True, timeout=self._patience)
         return reply
 
@@ -81,6 +83,7 @@ async def run(
     prepare: Callable[[Task], Runtime],
     watch: Callable[[int, Receipt], None],
     patience: float = 60.0,
+    credentials: Credentials | None = None,
 ) -> int:
     """Take part in the federation of a server until it ends, through lost connections and restarts.
 
@@ -90,6 +93,7 @@ async def run(
         prepare: makes the runtime for the server's task.
         watch: is told of every receipt, with its round.
         patience: seconds that the server may stay away before we give up.
+        credentials: for TLS; None sends everything in the clear.
 
     Returns:
         How many updates were accepted.
@@ -97,13 +101,14 @@ async def run(
     Raises:
         ConnectionError: the server is not there, refused, or stayed away.
     """
+    token = credentials.token if credentials else b""
     part = Participation(client, prepare, watch)
     while True:
         heard = part.heard
         for pause in pauses():
-            async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
+            async with open_channel(address, credentials, _OPTIONS) as channel:
                 try:
-                    await part.attend(GrpcConnection(channel, patience))
+                    await part.attend(GrpcConnection(channel, patience, token))
                 except grpc.aio.AioRpcError as error:
                     away = time.monotonic() - part.heard
                     if error.code() in _FOR_GOOD or away > patience:

@@ -38,9 +38,9 @@ def serve(ray_cluster: None, tmp_path: Path) -> Served:
         folder = tmp_path / config.run
         run = RunFolder(folder) if folder.exists() else RunFolder.create(tmp_path, config)
         with federation(config, run, data_dir=None, ray_address=None, watch=watch) as ready:
-            server, port = await listen(ready.coordinator, "127.0.0.1:0")
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            door = await listen(ready.coordinator, "127.0.0.1:0")
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}") as channel:
                 yield FederationStub(channel), ready
-            await server.stop(grace=0.5)
+            await door.stop(grace=0.5)
 
     return served

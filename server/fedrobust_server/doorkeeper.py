@@ -1,0 +1,141 @@
+"""Stands before every call, before it is known whose it is: time limits in, refusals out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from fedrobust_server.coordinator import DeniedError, LeavingError
+from fedrobust_server.limits import Limits, Slots, due, prompt
+from fedrobust_server.refusals import MalformedError, RefusedError, StalledError
+
+LOG = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Doorkeeper(grpc.aio.ServerInterceptor):
+    """Bounds how long a caller may take to say what it wants, and turns refusals into statuses.
+
+    gRPC itself would wait for ever for the message of a call that has begun. So calls with one message
+    are served as streams of one, which is the same on the wire, and the message is waited for here.
+    """
+
+    def __init__(self, service: str, limits: Limits) -> None:
+        """Keep these limits.
+
+        Args:
+            service: full name of the one whose calls carry sessions; calls of others are strangers'.
+            limits: for everybody.
+        """
+        self._ours, self._limits = f"/{service}/", limits
+        self._strangers = Slots("health or reflection calls", limits.strangers, limits.strangers)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Wrap the handler of a call."""
+        handler = await continuation(handler_call_details)
+        if handler is None:  # no such method: gRPC says so
+            return handler
+        stranger = not handler_call_details.method.startswith(self._ours)
+        serve = _behaviour(handler)
+
+        async def one(messages: AsyncIterator[Any], context: Context) -> Any:  # noqa: ANN401 (any message)
+            async with self._attended(context, stranger=stranger):
+                return await serve(await self._request(handler, messages), context)
+
+        async def many(messages: AsyncIterator[Any], context: Context) -> None:
+            async with self._attended(context, stranger=stranger):
+                answers = serve(await self._request(handler, messages), context)
+                if inspect.isawaitable(answers):  # it writes to the context by itself
+                    await answers
+                    return
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        await self._send(context, answer)
+
+        wrap = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        wrapped: Handler = wrap(
+            many if handler.response_streaming else one,
+            partial(_weighed, handler.request_deserializer),
+            handler.response_serializer,
+        )
+        return wrapped
+
+    async def _request(self, handler: Handler, messages: AsyncIterator[Any]) -> Any:  # noqa: ANN401
+        """What a handler is called with: a stream, or its one message."""
+        if handler.request_streaming:
+            return prompt(messages, self._limits)
+        weighed = await due(messages, self._limits.message_timeout)
+        if weighed is None:
+            raise MalformedError("the call ended without its message")
+        return weighed[0]
+
+    async def _send(self, context: Context, answer: Any) -> None:  # noqa: ANN401 (any message)
+        """Answer, if the caller takes it: what waits to be sent keeps a model in memory."""
+        try:
+            await asyncio.wait_for(context.write(answer), self._limits.message_timeout)
+        except asyncio.TimeoutError:
+            raise StalledError(
+                f"no answer was taken for {self._limits.message_timeout:g} seconds"
+            ) from None
+
+    @contextlib.asynccontextmanager
+    async def _attended(self, context: Context, *, stranger: bool) -> AsyncIterator[None]:
+        """Tell the caller why it is refused; keep to ourselves what has broken on our side."""
+        try:
+            if stranger:
+                take(self._strangers, "the server", context)
+            yield
+        except RefusedError as error:
+            await context.abort(error.code, str(error))
+        except DeniedError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except LeavingError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            LOG.exception("a call broke the server's code")
+            await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says how")
+
+
+def take(slots: Slots, holder: str, context: Context) -> None:
+    """Take a slot until the call is over: later than its handler, if the caller will not hear its end.
+
+    Raises:
+        ExhaustedError: none is free.
+    """
+    release = slots.take(holder)
+    # The stubs ask for an instance of a class that exists in them alone.
+    context.add_done_callback(lambda _: release())  # type: ignore[arg-type]
+
+
+def _weighed(read: Callable[[bytes], Any] | None, data: bytes) -> tuple[Any, int]:
+    """A message and its size on the wire."""
+    try:
+        return read(data) if read else data, len(data)
+    except DecodeError:
+        raise MalformedError("the message cannot be read; is the client of another version?") from None
+
+
+def _behaviour(handler: Handler) -> Any:  # noqa: ANN401 (one of four functions)
+    behaviours = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    return next(serve for serve in behaviours if serve is not None)

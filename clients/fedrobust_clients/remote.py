@@ -36,14 +36,13 @@ _OPTIONS = [
 class GrpcConnection:
     """A `Connection` over a gRPC channel."""
 
-    def __init__(self, channel: grpc.aio.Channel, patience: float, token: bytes = b"") -> None:
-        """Use this channel; give the server `patience` seconds to appear; enrol with the token."""
+    def __init__(self, channel: grpc.aio.Channel, patience: float) -> None:
+        """Use this channel; give the server `patience` seconds to appear."""
         self._stub = FederationStub(channel)
-        self._patience, self._token = patience, token
+        self._patience = patience
 
     async def enrol(self, request: EnrolRequest) -> EnrolReply:
         """Join, waiting for the server to come up."""
-        request.token = self._token
         reply: EnrolReply = await self._stub.Enrol(request, wait_for_ready=True, timeout=self._patience)
         return reply
 
@@ -102,13 +101,13 @@ async def run(
         ConnectionError: the server is not there, refused, or stayed away.
     """
     token = credentials.token if credentials else b""
-    part = Participation(client, prepare, watch)
+    part = Participation(client, prepare, watch, token=token)
     while True:
         heard = part.heard
         for pause in pauses():
             async with open_channel(address, credentials, _OPTIONS) as channel:
                 try:
-                    await part.attend(GrpcConnection(channel, patience, token))
+                    await part.attend(GrpcConnection(channel, patience))
                 except grpc.aio.AioRpcError as error:
                     away = time.monotonic() - part.heard
                     if error.code() in _FOR_GOOD or away > patience:

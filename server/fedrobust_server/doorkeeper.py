@@ -110,7 +110,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except LeavingError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        except grpc.aio.AbortError:
+        except grpc.aio.BaseError:  # aborted, or the caller has hung up while it was answered
             raise
         except Exception:
             LOG.exception("a call broke the server's code")

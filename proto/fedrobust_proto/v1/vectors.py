@@ -29,8 +29,8 @@ from fedrobust_proto.v1.federation_pb2 import (
 
 Floats = npt.NDArray[np.float32]
 
-CHUNK_BYTES = 1 << 20
-"""1 MiB: chunks of 1 to 4 MiB move fastest, and stay below gRPC's default message limit."""
+CHUNK_BYTES = 2 << 20
+"""2 MiB: chunks of 1 to 4 MiB move fastest, and this stays below gRPC's default message limit."""
 LARGEST_CHUNK = 4 << 20
 """Chunks that are longer, compressed or not, are refused."""
 

@@ -146,6 +146,8 @@ def federation(
         state = first, np.zeros_like(first)
         if standing is not None and standing.state:
             state = folder.load_state(standing.state_round, standing.state, len(first))
+        if standing is not None and not standing.closed:
+            folder.check_spool(standing, len(first))
         with start_ray(ray_address):
             shards.start(*state)
             coordinator = Coordinator(

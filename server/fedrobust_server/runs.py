@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from blake3 import blake3
+from fedrobust_proto.v1 import vectors
 from safetensors.torch import save_file
 
 from fedrobust import InputError
 from fedrobust.training import Manifest, split_vector
 from fedrobust_server.config import RunConfig
-from fedrobust_server.ledger import Ledger
+from fedrobust_server.ledger import Ledger, Standing
 from fedrobust_server.spool import Floats, Spool
 
 
@@ -70,11 +71,33 @@ class RunFolder:
 
     def spool(self, number: int, slots: int, size: int) -> Spool:
         """The updates of a round; those of other rounds have been dealt with and go."""
-        path = self.path / "spool" / f"round-{number:06d}.rows"
+        path = self._spool(number)
         for other in path.parent.glob("round-*.rows"):
             if other != path:
                 other.unlink()
         return Spool.open(path, slots, size)
+
+    def check_spool(self, standing: Standing, size: int) -> None:
+        """Make sure that every acknowledged update of an open round is there as it was acknowledged.
+
+        Raises:
+            InputError: one is missing or damaged.
+        """
+        path = self._spool(standing.round)
+        if standing.accepted and not path.exists():
+            raise InputError(
+                f"cannot resume: {path}, with {len(standing.accepted)} updates, is not there"
+            )
+        spool = Spool.open(path, len(standing.selected), size)
+        for client, (digest, _) in standing.accepted.items():
+            row = spool.read(standing.selected.index(client), 0, size)
+            # In the dtype that it came in, which brought it here without a change.
+            if all(vectors.digest(vectors.pack(row, d)).hex() != digest for d in vectors.DTYPES):
+                raise InputError(
+                    f"cannot resume: {path} does not hold the acknowledged update of {client}; put a "
+                    "copy of the file back, or start a new run from a checkpoint"
+                )
+        spool.close()
 
     def save_state(self, number: int, model: Floats, velocity: Floats) -> str:
         """Keep what the next round starts from; returns its digest. Only the state before is kept too.
@@ -131,6 +154,9 @@ class RunFolder:
         }
         path = self.path / "checkpoints" / f"round-{number:06d}.safetensors"
         _replace(path, lambda partial: save_file(tensors, partial, metadata={"round": str(number)}))
+
+    def _spool(self, number: int) -> Path:
+        return self.path / "spool" / f"round-{number:06d}.rows"
 
     def _state(self, number: int) -> Path:
         return self.path / "state" / f"round-{number:06d}.f32"

@@ -58,14 +58,24 @@ class Spool:
 
     def read(self, slot: int, start: int, stop: int) -> Floats:
         """(stop - start,) coordinates of the update in a slot."""
-        data = os.pread(self.file, (stop - start) * 4, (slot * self.size + start) * 4)
-        return np.frombuffer(data, "<f4")
+        values = np.empty(stop - start, "<f4")
+        data, at = values.data.cast("B"), (slot * self.size + start) * 4
+        while data:
+            read = os.preadv(self.file, [data], at)
+            if not read:
+                raise OSError(f"{self.path} ends before the update in slot {slot}")
+            data, at = data[read:], at + read
+        return values
 
     def sync(self) -> None:
         """Wait until everything written is on the disk itself, safe from a loss of power."""
         os.fdatasync(self.file)
 
+    def close(self) -> None:
+        """Leave the file as it is."""
+        os.close(self.file)
+
     def remove(self) -> None:
         """Forget the round."""
-        os.close(self.file)
+        self.close()
         self.path.unlink(missing_ok=True)

@@ -183,6 +183,24 @@ def test_what_cannot_be_gone_on_with_is_told_in_one_line_and_left_alone(
     assert "exists already" in one_line("serve", "--runs-dir", str(tmp_path), "--run", "kept")
 
 
+def test_a_damaged_spool_is_told_in_one_line_and_left_alone(tmp_path: Path) -> None:
+    port = free_port()
+    with clients(port), process(*serve(tmp_path, port)) as server:
+        while acknowledgements(tmp_path) < 2:
+            time.sleep(0.005)
+        server.kill()
+        server.wait()
+    run = tmp_path / "kept"
+    (spool,) = (run / "spool").glob("*.rows")
+    good = spool.read_bytes()
+    spool.write_bytes(bytes(len(good)))
+    resume = ("serve", "--bind", "127.0.0.1:0", "--resume", str(run))
+    assert "does not hold the acknowledged update of" in one_line(*resume)
+    assert spool.read_bytes() == bytes(len(good))
+    spool.unlink()
+    assert "is not there" in one_line(*resume)
+
+
 def test_a_finished_run_is_not_begun_again(tmp_path: Path, uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted / "kept", tmp_path / "kept")
     before = (tmp_path / "kept" / "ledger.sqlite").stat().st_size

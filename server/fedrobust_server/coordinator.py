@@ -69,6 +69,8 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 4
 """How often a round is worked out before losing shards ends the run."""
 _LEAVING = "the server stops; come back later"
+_LULL = 0.3
+"""Seconds without an update after which those that are there are folded in."""
 _SESSIONS = 4
 """Sessions of one client at a time; a further one ends the oldest."""
 
@@ -209,6 +211,7 @@ class Coordinator:
         self._recorded: asyncio.Task[None] | None = None
         self._judged: asyncio.Task[None] | None = None
         self._finished: asyncio.Future[None] | None = None
+        self._folding: asyncio.TimerHandle | None = None
 
     async def run(self) -> Floats:
         """Wait for clients, run all rounds, and return the final model.
@@ -437,10 +440,18 @@ class Coordinator:
             self._round.uploads.pop(client, None)
             if self._weighs:
                 self._shards.complete(upload.slot)
+                self._fold_soon()
         else:
             self._round.refused += 1
         self._perform(rest)
         return Receipt(status=status, reason=record.reason)
+
+    def _fold_soon(self) -> None:
+        """Have what has come in folded in when nothing more comes for a while."""
+        if self._folding is not None:
+            self._folding.cancel()
+        loop = asyncio.get_running_loop()
+        self._folding = loop.call_later(_LULL, self._shards.fold)
 
     def _happened(self, event: machine.Event) -> None:
         self._state, actions = machine.step(self._state, event)

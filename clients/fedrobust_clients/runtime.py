@@ -147,6 +147,10 @@ class Participation:
         if self._runtime is None:
             self._runtime = self._prepare(Task.from_json(enrolled.task))
         encoding = self._encoding or enrolled.encoding
+        if self._work is not None and not self._work.settled:  # its receipt was lost, perhaps
+            progress = await self._progress(connection, enrolled.session, self._work)
+            if progress.HasField("receipt"):
+                self._settle(self._work, progress.receipt)
         size = sum(math.prod(tensor.shape) for tensor in enrolled.manifest.tensors)
         async for assignment in connection.rounds(RoundsRequest(session=enrolled.session)):
             self.heard = time.monotonic()
@@ -179,8 +183,7 @@ class Participation:
     async def _submit(self, connection: Connection, session: bytes, work: _Work, until: float) -> None:
         """Upload what the server lacks of an update; again, as long as it asks for that."""
         for pause in pauses():
-            asked = ProgressRequest(session=session, round=work.round, digest=work.header.digest)
-            progress = await connection.progress(asked)
+            progress = await self._progress(connection, session, work)
             receipt = progress.receipt
             if not progress.HasField("receipt"):
                 receipt = await connection.submit(work.requests(session, progress.received))
@@ -188,6 +191,15 @@ class Participation:
             if receipt.status not in _AGAIN or time.monotonic() + pause > until:
                 break
             await asyncio.sleep(pause)
+        self._settle(work, receipt)
+
+    async def _progress(self, connection: Connection, session: bytes, work: _Work) -> ProgressReply:
+        """What the server has of an update."""
+        asked = ProgressRequest(session=session, round=work.round, digest=work.header.digest)
+        return await connection.progress(asked)
+
+    def _settle(self, work: _Work, receipt: Receipt) -> None:
+        """Nothing is left to do for a round."""
         work.settled, work.data = True, memoryview(b"")
         self.accepted += receipt.status == Status.STATUS_ACCEPTED
         self._watch(work.round, receipt)

@@ -52,7 +52,7 @@ from fedrobust.rules import CoordinateWise
 from fedrobust.training import Evaluation, Manifest
 from fedrobust_server import round as machine
 from fedrobust_server.config import RunConfig
-from fedrobust_server.intake import Upload, read_header, receive, unfit
+from fedrobust_server.intake import TAKEN_OVER, Upload, read_header, receive, unfit
 from fedrobust_server.ledger import Answer, Ledger, Standing
 from fedrobust_server.metrics import Metrics
 from fedrobust_server.quarantine import MALFORMED, evidence, parse_policy
@@ -364,7 +364,7 @@ class Coordinator:
         client, current = self._session(header.session).client, self._round
         if header.round == current.number and current.digests.get(client) == header.digest:
             return Receipt(status=Status.STATUS_ACCEPTED)  # the first receipt was lost on its way
-        if current.number == header.round:
+        if machine.turn_fault(self._state, client, header.round) is None:
             await current.begun.wait()
         if self._state.draining:
             raise LeavingError(_LEAVING)
@@ -373,12 +373,16 @@ class Coordinator:
         if fault is not None:
             return self._answered(client, header, fault)
         upload = await self._upload(client, header, current)
-        before = upload.received
+        if isinstance(upload, Fault):
+            return self._answered(client, header, upload)
+        before, generation = upload.received, upload.generation
         try:
             with self._metrics.uploads.track_inprogress():
                 fault = await receive(requests, upload, self._shards.write)
             if fault is None and self._config.durability == "machine":
                 await asyncio.to_thread(upload.spool.sync)
+            if upload.generation != generation:  # its place may hold other values already
+                fault = fault or TAKEN_OVER
         except asyncio.CancelledError:
             lost = Fault(Status.STATUS_TRUNCATED, "the connection was lost in the middle of the upload")
             self._answered(client, header, lost)
@@ -395,12 +399,20 @@ class Coordinator:
         except KeyError:
             raise DeniedError("unknown session; enrol first") from None
 
-    async def _upload(self, client: str, header: SubmitHeader, current: _Round) -> Upload:
+    async def _upload(self, client: str, header: SubmitHeader, current: _Round) -> Upload | Fault:
         """The upload that a header goes on with, or a new one in the place of whatever there was."""
         upload = current.uploads.get(client)
-        if upload is not None:
-            await upload.take_over()
+        if upload is not None and not await upload.take_over():
+            return TAKEN_OVER
+        fault = machine.turn_fault(self._state, client, header.round)  # the round may be over by now
+        if fault is not None:
+            return fault
         if upload is None or not upload.continues(header):
+            if header.offset:
+                return Fault(
+                    Status.STATUS_TRUNCATED,
+                    f"what is before byte {header.offset} is not here; ask for the progress",
+                )
             if current.spool is None:
                 raise RuntimeError(f"round {current.number} has begun without a spool")
             upload = Upload(header, current.slots[client], current.spool)

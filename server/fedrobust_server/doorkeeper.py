@@ -112,6 +112,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except grpc.aio.BaseError:  # aborted, or the caller has hung up while it was answered
             raise
+        except grpc.aio.InternalError:  # the caller has hung up: nobody is there to be told anything
+            LOG.debug("a caller was gone before it was answered")
         except Exception:
             LOG.exception("a call broke the server's code")
             await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says how")

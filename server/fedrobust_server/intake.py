@@ -7,7 +7,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from fedrobust_proto.v1.federation_pb2 import Chunk, DType, Status, SubmitHeader
 
 from fedrobust_server.round import Fault
 from fedrobust_server.spool import Floats, Spool
+
+T = TypeVar("T")
+
+TAKEN_OVER = Fault(Status.STATUS_TRUNCATED, "another connection has taken this upload over")
 
 # Decompressing, hashing and storing leave the event loop to the other clients. Subnormal numbers, which
 # slow arithmetic down a hundredfold, are taken for zero.
@@ -76,11 +80,31 @@ class Upload:
         same = header.digest == own.digest and header.encoding == own.encoding
         return same and header.offset == self.received
 
-    async def take_over(self) -> None:
-        """Let no earlier connection store any more, and wait until what it was storing is there."""
+    async def take_over(self) -> bool:
+        """Let no earlier connection store any more, and wait until what it was storing is there.
+
+        Returns:
+            Whether no later connection has come in the meantime.
+        """
         self.generation += 1
+        mine = self.generation
         if self.at_work is not None:
             await asyncio.wait([self.at_work])
+        return self.generation == mine
+
+    def store(
+        self, chunk: Chunk, forward: Callable[[int, int, Floats], None]
+    ) -> asyncio.Future[tuple[int, Floats]]:
+        """Begin to `take` a chunk in a thread, and to forward it then, as `receive`."""
+
+        def pass_on(stored: asyncio.Future[tuple[int, Floats]]) -> None:
+            if stored.exception() is None:
+                forward(self.slot, *stored.result())
+
+        self.at_work = asyncio.get_running_loop().run_in_executor(_WORKERS, self.take, chunk)
+        # Whoever takes over waits for this, and is woken only after it has been passed on.
+        self.at_work.add_done_callback(pass_on)
+        return self.at_work
 
     def take(self, chunk: Chunk) -> tuple[int, Floats]:
         """Store the next chunk; returns where its values start, and the values.
@@ -161,15 +185,14 @@ async def receive(
     try:
         async for request in requests:
             if at_work is not None:  # the next chunk came in while this one was stored
-                forward(upload.slot, *await at_work)
+                await _done(at_work)
             if upload.generation != generation:
-                return Fault(Status.STATUS_TRUNCATED, "another connection has taken this upload over")
+                return TAKEN_OVER
             if request.WhichOneof("part") != "chunk":
                 return Fault(Status.STATUS_MALFORMED, "only chunks may follow the header")
-            at_work = loop.run_in_executor(_WORKERS, upload.take, request.chunk)
-            upload.at_work = at_work
+            at_work = upload.store(request.chunk, forward)
         if at_work is not None:
-            forward(upload.slot, *await at_work)
+            await _done(at_work)
     except RefusedError as error:
         return error.fault
     except OSError as error:
@@ -183,6 +206,12 @@ async def receive(
             f"the stream ended after {upload.received} of {upload.total} bytes; send the rest",
         )
     return await loop.run_in_executor(_WORKERS, lambda: upload.fault)
+
+
+async def _done(work: asyncio.Future[T]) -> T:
+    """What came of work in a thread, which goes on to its end if the one who waits is cancelled."""
+    await asyncio.wait([work])
+    return work.result()
 
 
 def _squared_norm(values: Floats) -> float:

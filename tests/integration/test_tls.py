@@ -624,6 +624,21 @@ def test_unknown_methods_and_bytes_that_are_no_message_are_answered(
     assert caplog.text == ""  # strangers do not fill the log
 
 
+def test_callers_who_hang_up_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with door() as (recorder, listening), client(listening) as stub:
+            session = (await stub.Enrol(pb.EnrolRequest(client="rude"))).session
+            for pause in range(60):
+                call = stub.Model(pb.ModelRequest(session=session, round=3))
+                await asyncio.sleep(pause / 20000)
+                call.cancel()
+                await asyncio.sleep(0.002)
+            await until(lambda: recorder.listening == 0)
+
+    asyncio.run(scenario())
+    assert caplog.text == ""
+
+
 def test_a_fault_of_the_servers_keeps_its_secrets(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with door() as (_, listening), client(listening) as stub:

@@ -49,7 +49,9 @@ from ray.exceptions import RayError
 from fedrobust import Aggregated, InputError, Verdict, parse_rule
 from fedrobust.aggregate import combine, gram_of
 from fedrobust.rules import CoordinateWise
+from fedrobust.text import printable
 from fedrobust.training import Evaluation, Manifest
+from fedrobust_server import lifeline
 from fedrobust_server import round as machine
 from fedrobust_server.config import RunConfig
 from fedrobust_server.intake import TAKEN_OVER, Upload, read_header, receive, unfit
@@ -217,9 +219,11 @@ class Coordinator:
         """Wait for clients, run all rounds, and return the final model.
 
         Raises:
-            Exception: whatever broke a round that is not the clients' fault.
+            ConnectionError: Ray is gone, or shards were lost again and again.
+            Exception: whatever else broke a round that is not the clients' fault.
         """
         self._finished = asyncio.get_running_loop().create_future()
+        self._spawn(lifeline.watch())
         if self._standing is not None:
             await self._resume(self._standing)
         if self._state.phase is Phase.DONE:
@@ -588,13 +592,20 @@ class Coordinator:
                     await asyncio.to_thread(self._restore)
                 return await asyncio.to_thread(work)
             except RayError as error:
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-                what = f"shards were lost and are started anew: {type(error).__name__}"
-                log.warning(what, extra={"round": self._round.number})
-                self._metrics.restarts.inc()
-                self._ledger.event(self._round.number, what)
-        raise AssertionError("unreachable")
+                self._lost(error, last=attempt + 1 == _ATTEMPTS)
+        raise ConnectionError(
+            f"shards were lost {_ATTEMPTS} times in round {self._round.number}; "
+            "its updates are kept, go on by --resume"
+        )
+
+    def _lost(self, error: RayError, *, last: bool) -> None:
+        """Put down what became of shards, in one line that says why."""
+        why = str(error).strip().rpartition("\n")[2]
+        what = f"shards were lost {'too often' if last else 'and are started anew'}"
+        what = printable(f"{what}: {type(error).__name__}: {why}", 500)
+        log.warning(what, extra={"round": self._round.number})
+        self._metrics.restarts.inc(not last)
+        self._ledger.event(self._round.number, what)
 
     def _restore(self) -> None:
         """All shards as they were: the state before the round, and the accepted updates."""
@@ -603,6 +614,10 @@ class Coordinator:
             self._shards.open(self._round.spool)
             accepted = sorted(self._round.slots[client] for client in tuple(self._round.norms))
             self._shards.replay(self._round.spool, accepted)
+            log.info(
+                "shards read updates again",
+                extra={"round": self._round.number, "updates": len(accepted)},
+            )
 
     def _settle(
         self,

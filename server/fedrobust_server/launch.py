@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 import ray
 import torch
 from ray._private import ray_constants
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import AuthenticationError
 
 from fedrobust import InputError
@@ -73,13 +76,35 @@ def start_ray(address: str | None) -> Iterator[None]:
 
 def _join_ray(address: str) -> None:
     try:
-        ray.init(address=address, logging_level=logging.WARNING)
+        found = canonicalize_bootstrap_address(address) if "://" not in address else None
+        if found is None:
+            raise ValueError("a cluster's address is HOST:PORT, or auto")  # noqa: TRY301
+        _knock(found)
+        ray.init(address=found, logging_level=logging.ERROR, log_to_driver=False)
     except AuthenticationError as error:
+        why = str(error).partition(". ")[0]
         raise InputError(
-            f"the Ray cluster at {address} asks for its token, see docs/operating.md: {error}"
+            f"the Ray cluster at {address} asks for its token, see docs/operating.md: {why}"
         ) from None
-    except ConnectionError as error:
+    except (ConnectionError, ValueError, OSError) as error:
         raise InputError(f"there is no Ray cluster at {address}: {error}") from None
+
+
+def _knock(address: str) -> None:
+    """Ask once whether a cluster would let us in; Ray itself tries for minutes, and says why nowhere.
+
+    Raises:
+        AuthenticationError: not without its token.
+        ConnectionError: there is none.
+    """
+    # With the token and the TLS that Ray is set up for here. The empty message asks after no node.
+    with init_grpc_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=10.0)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise AuthenticationError(error.details() or "") from None
+            raise ConnectionError(f"{error.code().name}: {error.details()}") from None
 
 
 def _start_ray() -> None:

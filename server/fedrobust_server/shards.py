@@ -9,7 +9,9 @@ the deadline only the n x n rule and one weighted sum remain. No process holds n
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +27,17 @@ from torch import Tensor
 
 from fedrobust import kernels
 from fedrobust.kernels import Block, Matrix
-from fedrobust_server.spool import Floats, Spool
+from fedrobust_server import lifeline
+from fedrobust_server.spool import Floats, Identity, Spool, identity
 
 # Coordinates sent at a time to shards that cannot see the spool.
 _PIECE = 1 << 20
 # Updates that share a pass over those that are there: it takes hardly longer than for one.
 _BATCH = 8
+# What a shard asks of Ray: nearly nothing, so that it finds its place beside all else.
+_CPU = 0.001
+
+log = logging.getLogger(__name__)
 
 
 class Shard:
@@ -57,9 +64,9 @@ class Shard:
     def ready(self) -> None:
         """Answers when the shard has come to life."""
 
-    def sees(self, path: str) -> bool:
-        """Whether this process can see a file."""
-        return Path(path).exists()
+    def sees(self, path: str, file: Identity) -> bool:
+        """Whether this process can see that very file there."""
+        return identity(Path(path)) == file
 
     def open(self, slots: int, path: str | None) -> None:
         """Begin a round with room for so many updates; they are in that spool, or will be sent."""
@@ -150,41 +157,58 @@ class ShardRows:
 
     def sum(self, part: Callable[[Block], Matrix]) -> Matrix:
         """The sum over all shards, each at work at the same time."""
-        parts: list[Matrix] = ray.get([a.sum.remote(part, self.slots) for a in self.actors])
+        parts: list[Matrix] = lifeline.get([a.sum.remote(part, self.slots) for a in self.actors])
         total: Matrix = np.add.reduce(parts)
         return total
 
     def map(self, part: Callable[[Block], Tensor]) -> None:
         """Leave each shard its slice of the aggregate."""
-        ray.get([actor.map.remote(part, self.slots) for actor in self.actors])
+        lifeline.get([actor.map.remote(part, self.slots) for actor in self.actors])
 
 
 class Shards:
     """All shards of a run, and which coordinates each of them owns.
 
     Every call but `write` and `complete` blocks, and raises `ray.exceptions.RayError` when a shard is
-    lost; `start` then brings them all back.
+    lost; `start` then brings them all back. When all of Ray is lost, it is a `ConnectionError`.
     """
 
-    def __init__(self, size: int, count: int, *, lr: float, momentum: float) -> None:
-        """Plan so many shards, with an equal slice of `size` coordinates each; `start` starts them."""
+    def __init__(
+        self, size: int, count: int, *, lr: float, momentum: float, patience: float = 120.0
+    ) -> None:
+        """Plan so many shards, with an equal slice of `size` coordinates each; `start` starts them.
+
+        Args:
+            size: d, coordinates of the model.
+            count: of shards.
+            lr: of the server's optimiser.
+            momentum: of the server's optimiser.
+            patience: seconds for the cluster to make room for the shards.
+        """
         count = min(count, size)
         self.size = size
         edges = np.linspace(0, size, count + 1).astype(int).tolist()
         self._bounds = list(itertools.pairwise(edges))
-        self._lr, self._momentum = lr, momentum
+        self._lr, self._momentum, self._patience = lr, momentum, patience
         self._actors: list[Any] = []
         self._group: PlacementGroup | None = None
         self._blind: list[tuple[Any, int, int]] = []
         self._arriving: list[Any] = []
         self._folding: list[Any] = []
+        self._unfolded = 0
 
     def start(self, model: Floats, velocity: Floats) -> None:
-        """Start one Ray actor a shard, on as many nodes as there are; ends those that there were."""
+        """Start one Ray actor a shard, on as many nodes as there are; ends those that there were.
+
+        Raises:
+            ConnectionError: the cluster is gone, or has no room.
+            RayError: a shard was lost again.
+        """
+        lifeline.check()
         self.stop()
-        self._group = placement_group([{"CPU": 0.001}] * len(self._bounds), strategy="SPREAD")
+        self._group = placement_group([{"CPU": _CPU}] * len(self._bounds), strategy="SPREAD")
         options = {
-            "num_cpus": 0.001,
+            "num_cpus": _CPU,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group),
         }
         ray_remote: Any = ray.remote  # its types do not know of concurrency groups
@@ -196,7 +220,21 @@ class Shards:
             )
             for a, b in self._bounds
         ]
-        ray.get([actor.ready.remote() for actor in self._actors])  # a round's time must not go by
+        self._wait([actor.ready.remote() for actor in self._actors])  # a round's time must not go by
+
+    def _wait(self, starting: list[Any]) -> None:
+        """Wait until all shards have come to life, as long as that may take."""
+        deadline = time.monotonic() + self._patience
+        while ray.wait(starting, num_returns=len(starting), timeout=lifeline.PAUSE)[1]:
+            lifeline.check()
+            what = f"the Ray cluster to start {len(starting)} shards of {_CPU} CPU"
+            cpus = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+            if time.monotonic() >= deadline:
+                raise ConnectionError(
+                    f"waited {self._patience:g} s for {what} in vain; it has {cpus:g} CPUs in all"
+                )
+            log.warning("waiting for %s; it has %g CPUs in all", what, cpus)
+        lifeline.get(starting)
 
     def stop(self) -> None:
         """End all shards."""
@@ -210,10 +248,13 @@ class Shards:
     def open(self, spool: Spool) -> None:
         """Begin a round whose updates are, or will be, in this spool."""
         path, self._arriving, self._folding = str(spool.path.resolve()), [], []
-        seen = ray.get([actor.sees.remote(path) for actor in self._actors])
+        file = identity(spool.path)
+        seen = lifeline.get([actor.sees.remote(path, file) for actor in self._actors])
         placed = list(zip(self._actors, self._bounds, seen, strict=True))
         self._blind = [(actor, *bounds) for actor, bounds, sees in placed if not sees]
-        ray.get([actor.open.remote(spool.slots, path if sees else None) for actor, _, sees in placed])
+        lifeline.get(
+            [actor.open.remote(spool.slots, path if sees else None) for actor, _, sees in placed]
+        )
 
     def write(self, slot: int, start: int, values: Floats) -> None:
         """Pass coordinates on to those shards that cannot see the spool."""
@@ -222,7 +263,8 @@ class Shards:
             a, b = max(start, low), min(stop, high)
             if a < b:
                 arrivals = actor.write.options(concurrency_group="arrivals")
-                arrivals.remote(slot, a - low, values[a - start : b - start])
+                arrived = arrivals.remote(slot, a - low, values[a - start : b - start])
+                self._arriving.append(arrived)
 
     def complete(self, slot: int) -> None:
         """The update in a slot is whole; every few of them are folded in, at once."""
@@ -230,11 +272,13 @@ class Shards:
             # In a group of its own it need not wait for the fold that is going on.
             arrived = actor.complete.options(concurrency_group="arrivals").remote(slot)
             self._arriving.append(arrived)
-        if len(self._arriving) % (_BATCH * len(self._actors)) == 0:
+        self._unfolded += 1
+        if self._unfolded == _BATCH:
             self.fold()
 
     def fold(self) -> None:
         """Fold in what has become whole, while others arrive."""
+        self._unfolded = 0
         self._folding += [actor.fold.remote() for actor in self._actors]
 
     def backlog(self) -> int:
@@ -250,17 +294,19 @@ class Shards:
         for slot in slots:
             for start in range(0, self.size if self._blind else 0, _PIECE):
                 self.write(slot, start, spool.read(slot, start, min(start + _PIECE, self.size)))
+            self._arrived()  # so that what is on its way does not fill Ray's memory
             self.complete(slot)
 
     def gram(self, slots: Sequence[int]) -> Matrix:
         """(n, n) float64 inner products of the whole updates in these slots."""
-        ray.get(self._arriving)
-        parts: list[Matrix] = ray.get([actor.gram.remote(slots) for actor in self._actors])
+        self._arrived()
+        parts: list[Matrix] = lifeline.get([actor.gram.remote(slots) for actor in self._actors])
         total: Matrix = np.add.reduce(parts)
         return (total + total.T) / 2
 
     def rows(self, slots: Sequence[int]) -> ShardRows:
         """The whole updates in these slots."""
+        self._arrived()
         return ShardRows(self._actors, slots)
 
     def step(self) -> tuple[Floats, Floats]:
@@ -268,8 +314,12 @@ class Shards:
 
         Without momentum the velocity is of no use, and its zeros take no room.
         """
-        ray.get([actor.step.remote() for actor in self._actors])
-        model = np.concatenate(ray.get([actor.model.remote() for actor in self._actors]))
+        lifeline.get([actor.step.remote() for actor in self._actors])
+        model = np.concatenate(lifeline.get([actor.model.remote() for actor in self._actors]))
         if not self._momentum:
             return model, np.broadcast_to(np.float32(0), model.shape)
-        return model, np.concatenate(ray.get([actor.velocity.remote() for actor in self._actors]))
+        return model, np.concatenate(lifeline.get([actor.velocity.remote() for actor in self._actors]))
+
+    def _arrived(self) -> None:
+        """Wait until what was sent is there; what was not taken would be missing in silence."""
+        lifeline.get(list(self._arriving))

@@ -8,6 +8,7 @@ rather than mapped here, so that a full disk is an error of one upload.
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Identity = tuple[str, int, int]
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def identity(path: Path) -> Identity | None:
+    """Which file of which machine a path names; None where there is none.
+
+    On another machine the same name may be another file. Where it is the same one, over a network, what
+    is written here is not at once seen there, and so it counts as another as well.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    machine = _BOOT.read_text() if _BOOT.exists() else platform.node()
+    return machine, found.st_dev, found.st_ino
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,11 +105,22 @@ def test_the_gram_matrix_that_grew_is_the_one_of_all_rows(shards: Filled) -> Non
     assert error.max() < 1e-6
 
 
+def alive(actor: Any) -> bool:
+    try:
+        ray.get(actor.ready.remote())
+    except RayError:
+        return False
+    return True
+
+
 def test_shards_that_start_anew_read_the_round_again(shards: Filled) -> None:
     rows = updates(2)
     shards.begin(rows)
     before = shards.shards.gram(SLOTS)
-    ray.kill(shards.shards._actors[0])
+    lost = shards.shards._actors[0]
+    ray.kill(lost)  # which takes effect a little later
+    while alive(lost):
+        pass
     with pytest.raises(RayError):
         shards.shards.gram(SLOTS)
     shards.shards.start(shards.model, np.zeros_like(shards.model))
@@ -135,4 +147,30 @@ def test_more_shards_than_coordinates(ray_cluster: None, tmp_path: Path) -> None
     ready.begin(np.ones((1, 3), np.float32), [0])
     _, moved = ready.aggregate("mean", [0])
     np.testing.assert_allclose(moved, 1.0)
+    ready.shards.stop()
+
+
+def test_rules_without_a_gram_matrix_wait_for_what_is_on_its_way(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    ready = filled(tmp_path, 1, size=4000)
+    ready.spool.path.rename(tmp_path / "elsewhere")
+    ready.shards.open(ready.spool)
+    for start in range(ready.shards.size):
+        ready.shards.write(0, start, np.ones(1, np.float32))
+    total = ready.shards.rows([0]).sum(lambda block: np.array([[block.rows[0].sum()]]))
+    assert total == ready.shards.size
+    ready.shards.stop()
+
+
+def test_a_shard_takes_no_other_file_of_the_same_name_for_the_spool(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    ready = filled(tmp_path, 2)
+    ready.spool.path.rename(tmp_path / "elsewhere")  # as on another machine, where an old run left one
+    Spool.open(ready.spool.path, ready.spool.slots, ready.spool.size)
+    rows = updates(3)
+    ready.begin(rows)
+    _, moved = ready.aggregate("mean")
+    np.testing.assert_allclose(moved, rows.mean(axis=0), atol=2e-5)
     ready.shards.stop()

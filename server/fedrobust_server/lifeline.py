@@ -1,0 +1,77 @@
+"""Waiting for Ray without waiting for ever.
+
+When Ray's head or our own node is gone, calls that are under way neither return nor fail, and a minute
+later Ray ends our process. Before that happens, whoever waits here is told by a `ConnectionError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+from ray._private import worker
+from ray._raylet import NodeID
+from ray.exceptions import GetTimeoutError, RpcError
+
+PATIENCE = 30.0
+"""Seconds that the cluster's head may be away, as when it is started anew; Ray's own limit is 60."""
+PAUSE = 5.0
+"""Seconds between two looks."""
+
+
+def get(references: Any) -> Any:  # noqa: ANN401 (Ray's references are untyped)
+    """`ray.get`, as long as the cluster is there.
+
+    Raises:
+        ConnectionError: it is gone.
+        RayError: as `ray.get`.
+    """
+    while True:
+        try:
+            return ray.get(references, timeout=PAUSE)
+        except GetTimeoutError:
+            check()
+
+
+def check() -> None:
+    """Return as soon as the cluster answers.
+
+    Raises:
+        ConnectionError: it has not for too long, or has given our node up.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            alive = _ask()
+        except RpcError as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"the head of the Ray cluster is gone: {error}; {_HELP}") from None
+            time.sleep(1.0)
+        else:
+            if not alive:
+                raise ConnectionError(f"this machine's Ray node is dead; {_HELP}")
+            return
+
+
+async def watch() -> None:
+    """Look after the cluster until cancelled.
+
+    Raises:
+        ConnectionError: it is gone.
+    """
+    while True:
+        await asyncio.sleep(PAUSE)
+        await asyncio.to_thread(check)
+
+
+_HELP = "when the cluster is back, go on by --resume"
+
+
+def _ask() -> bool:
+    """Whether the head thinks that the node that we are connected to is alive."""
+    process: Any = worker.global_worker  # its attributes come and go, unseen by its type
+    node = NodeID(process.core_worker.get_current_node_id().binary())
+    (alive,) = process.gcs_client.check_alive([node], timeout=3.0)
+    return bool(alive)

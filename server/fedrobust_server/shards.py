@@ -248,7 +248,7 @@ class Shards:
     def open(self, spool: Spool) -> None:
         """Begin a round whose updates are, or will be, in this spool."""
         path, self._arriving, self._folding = str(spool.path.resolve()), [], []
-        file = identity(spool.path)
+        file = identity(spool.file)
         seen = lifeline.get([actor.sees.remote(path, file) for actor in self._actors])
         placed = list(zip(self._actors, self._bounds, seen, strict=True))
         self._blind = [(actor, *bounds) for actor, bounds, sees in placed if not sees]

@@ -20,14 +20,14 @@ Identity = tuple[str, int, int]
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def identity(path: Path) -> Identity | None:
-    """Which file of which machine a path names; None where there is none.
+def identity(file: Path | int) -> Identity | None:
+    """Which file of which machine a path or a descriptor names; None where there is none.
 
     On another machine the same name may be another file. Where it is the same one, over a network, what
     is written here is not at once seen there, and so it counts as another as well.
     """
     try:
-        found = path.stat()
+        found = os.stat(file)  # noqa: PTH116 (a descriptor has no path)
     except OSError:
         return None
     machine = _BOOT.read_text() if _BOOT.exists() else platform.node()

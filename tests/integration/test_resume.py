@@ -11,12 +11,14 @@ import socket
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from fedrobust.cli import main
 
 from .test_federation import COMMAND, model, process
 
@@ -151,17 +153,23 @@ def test_servers_killed_at_random_moments(tmp_path: Path, uninterrupted: Path, s
     same_model(tmp_path, uninterrupted)
 
 
-def one_line(*arguments: str) -> str:
-    done = subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    return line
+Line = Callable[..., str]
+
+
+@pytest.fixture
+def one_line(capsys: pytest.CaptureFixture[str]) -> Line:
+    """The one line with which a command refuses."""
+
+    def told(*arguments: str) -> str:
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return told
 
 
 def test_what_cannot_be_gone_on_with_is_told_in_one_line_and_left_alone(
-    tmp_path: Path, uninterrupted: Path
+    tmp_path: Path, uninterrupted: Path, one_line: Line
 ) -> None:
     run = tmp_path / "kept"
     shutil.copytree(uninterrupted / "kept", run)
@@ -183,7 +191,7 @@ def test_what_cannot_be_gone_on_with_is_told_in_one_line_and_left_alone(
     assert "exists already" in one_line("serve", "--runs-dir", str(tmp_path), "--run", "kept")
 
 
-def test_a_damaged_spool_is_told_in_one_line_and_left_alone(tmp_path: Path) -> None:
+def test_a_damaged_spool_is_told_in_one_line_and_left_alone(tmp_path: Path, one_line: Line) -> None:
     port = free_port()
     with clients(port), process(*serve(tmp_path, port)) as server:
         while acknowledgements(tmp_path) < 2:

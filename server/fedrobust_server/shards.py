@@ -222,6 +222,11 @@ class Shards:
                 arrivals = actor.write.options(concurrency_group="arrivals")
                 arrivals.remote(slot, a - low, values[a - start : b - start])
 
+    def send(self, spool: Spool, slot: int) -> None:
+        """Pass a whole update on to those shards that cannot see the spool."""
+        for start in range(0, self.size if self._blind else 0, _PIECE):
+            self.write(slot, start, spool.read(slot, start, min(start + _PIECE, self.size)))
+
     def complete(self, slot: int) -> None:
         """The update in a slot is whole: fold it in while others arrive."""
         for actor in self._actors:
@@ -241,8 +246,7 @@ class Shards:
     def replay(self, spool: Spool, slots: Sequence[int]) -> None:
         """Give shards that have just begun a round the updates that are in its spool already."""
         for slot in slots:
-            for start in range(0, self.size if self._blind else 0, _PIECE):
-                self.write(slot, start, spool.read(slot, start, min(start + _PIECE, self.size)))
+            self.send(spool, slot)
             self.complete(slot)
 
     def gram(self, slots: Sequence[int]) -> Matrix:

@@ -8,6 +8,7 @@ rather than mapped here, so that a full disk is an error of one upload.
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Spool:
-    """The file of one round.
+    """The file of one round, open for as long as anything refers to this.
 
     Attributes:
         path: of the file.
@@ -44,6 +45,19 @@ class Spool:
         os.ftruncate(file, slots * size * 4)
         return cls(path, slots, size, file)
 
+    @classmethod
+    def find(cls, path: Path, slots: int, size: int) -> Spool:
+        """Open the file that another process has made.
+
+        Raises:
+            OSError: it is not there (any more).
+        """
+        return cls(path, slots, size, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
+    def __post_init__(self) -> None:
+        # What is still being written when the round ends must not end up in the file of another.
+        weakref.finalize(self, os.close, self.file)
+
     def write(self, slot: int, start: int, values: Floats) -> None:
         """Store some coordinates of the update in a slot.
 
@@ -67,5 +81,4 @@ class Spool:
 
     def remove(self) -> None:
         """Forget the round."""
-        os.close(self.file)
         self.path.unlink(missing_ok=True)

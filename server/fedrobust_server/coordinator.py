@@ -58,6 +58,7 @@ from fedrobust_server.reception import (
     Outcome,
     Place,
     Reception,
+    surplus,
 )
 from fedrobust_server.record import by_client, columns
 from fedrobust_server.round import Fault, Phase
@@ -72,8 +73,6 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 4
 """How often a round is worked out before losing shards ends the run."""
 _LEAVING = "the server stops; come back later"
-SESSIONS = 4
-"""Sessions of one client at a time; a further one ends the oldest."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ class _Session:
     """One connection's identity and what it is offered."""
 
     client: str
+    gateway: str
     offers: asyncio.Queue[Assignment | None] = field(default_factory=asyncio.Queue)
 
 
@@ -236,12 +236,15 @@ class Coordinator(Reception):
 
     # ---- what clients call ------------------------------------------------------------------------
 
-    async def enrol(self, request: EnrolRequest, identity: str | None = None) -> EnrolReply:
+    async def enrol(
+        self, request: EnrolRequest, identity: str | None = None, gateway: str = ""
+    ) -> EnrolReply:
         """Join; answers with a session.
 
         Args:
             request: who asks.
             identity: who that is for certain; None believes the request.
+            gateway: where; "" is this process.
 
         Raises:
             DeniedError: the name is not one that logs and files can carry, or another's.
@@ -254,10 +257,10 @@ class Coordinator(Reception):
         if identity is not None and request.client != identity:
             raise DeniedError(f"you are {identity!r} and cannot join as {request.client!r}")
         session = secrets.token_bytes(16)
-        own = [key for key, other in self._sessions.items() if other.client == request.client]
-        for key in own[: 1 - SESSIONS]:
-            self.end(key)
-        self._sessions[session] = _Session(request.client)
+        owners = {key: other.client for key, other in self._sessions.items()}
+        for key in surplus(owners, request.client):
+            self._end(key)
+        self._sessions[session] = _Session(request.client, gateway)
         return EnrolReply(
             session=session,
             federation=self._config.run,
@@ -380,18 +383,23 @@ class Coordinator(Reception):
         """So many bytes of a model went out."""
         self._metrics.sent.inc(count)
 
-    def end(self, session: bytes) -> None:
-        """End a session."""
-        if (ended := self._sessions.pop(session, None)) is not None:
-            ended.offers.put_nowait(None)
-
     async def gone(self, gateway: str) -> None:
-        """A gateway has died: nobody stores any more what it was storing."""
+        """A gateway has died: its sessions are over, and nobody stores what it was storing."""
         for place in tuple(self._round.places.values()):
             if place.gateway == gateway:
                 await self.conclude(place, LOST)
+        for key in [key for key, session in self._sessions.items() if session.gateway == gateway]:
+            self._end(key)
+
+    def note(self, what: str) -> None:
+        """Something happened that an operator should know of."""
+        log.warning(what, extra={"round": self._round.number})
+        self._ledger.event(self._round.number, what)
 
     # ---- events and actions -----------------------------------------------------------------------
+
+    def _end(self, key: bytes) -> None:
+        self._sessions.pop(key).offers.put_nowait(None)
 
     def _session(self, key: bytes) -> _Session:
         try:
@@ -570,10 +578,8 @@ class Coordinator(Reception):
             except RayError as error:
                 if attempt + 1 == _ATTEMPTS:
                     raise
-                what = f"shards were lost and are started anew: {type(error).__name__}"
-                log.warning(what, extra={"round": self._round.number})
                 self._metrics.restarts.inc()
-                self._ledger.event(self._round.number, what)
+                self.note(f"shards were lost and are started anew: {type(error).__name__}")
         raise AssertionError("unreachable")
 
     def _restore(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,9 @@ from fedrobust_proto.v1.federation_pb2 import (
 from fedrobust_server.intake import Upload, read_header, receive
 from fedrobust_server.round import Fault
 from fedrobust_server.spool import Floats, Spool
+
+_SESSIONS = 4
+"""Sessions of one client at a time; a further one ends the oldest."""
 
 
 class DeniedError(Exception):
@@ -272,6 +275,11 @@ class Reception(ABC):
         for upload in self._uploads.values():
             upload.generation += 1
         self._uploads, self._spool = {}, None
+
+
+def surplus(owners: Mapping[bytes, str], client: str) -> list[bytes]:
+    """A client's sessions, among all in the order in which they began, that one more is to end."""
+    return [key for key, owner in owners.items() if owner == client][: 1 - _SESSIONS]
 
 
 def _packed(model: Floats, dtype: DType, compression: Compression) -> memoryview | list[Chunk]:

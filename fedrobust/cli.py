@@ -371,6 +371,8 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     from fedrobust_server.gateway import listen
+    from fedrobust_server.gateways import further_gateways
+    from fedrobust_server.outpost import Front
     from fedrobust_server.runs import RunFolder
 
     from fedrobust.data import load
@@ -388,22 +390,30 @@ def _serve(options: argparse.Namespace) -> int:
         folder = RunFolder.create(options.runs_dir, config)
 
     async def run(federation: Federation) -> None:
-        door = await listen(federation.coordinator, options.bind, security, exposed=options.exposed)
-        host = options.bind.rpartition(":")[0]
-        if options.json:
-            print(json.dumps({"listening": f"{host}:{door.port}"}), flush=True)  # noqa: T201
-        else:
-            print(f"listening on {host}:{door.port} for {config.needed} clients", flush=True)  # noqa: T201
-
-        draining: list[asyncio.Task[None]] = []
-
-        def drain() -> None:
-            federation.coordinator.drain()
-            draining.append(asyncio.ensure_future(door.drain()))
-
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
+        several = config.gateways > 1
+        door = await listen(
+            federation.coordinator, options.bind, security, exposed=options.exposed, shared=several
+        )
+        address = f"{options.bind.rpartition(':')[0]}:{door.port}"
+        tls = options.tls.resolve() if options.tls else None
+        front = Front(address, tls, _proof(options), config.run, options.exposed)
         try:
-            await federation.coordinator.run()
+            async with further_gateways(
+                federation.coordinator, folder, front, config.gateways - 1
+            ) as further:
+                if options.json:
+                    print(json.dumps({"listening": address}), flush=True)  # noqa: T201
+                else:
+                    print(f"listening on {address} for {config.needed} clients", flush=True)  # noqa: T201
+
+                draining: list[asyncio.Task[None]] = []
+
+                def drain() -> None:
+                    federation.coordinator.drain()
+                    draining.extend(map(asyncio.ensure_future, (door.drain(), further.drain())))
+
+                asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
+                await federation.coordinator.run()
         finally:
             await door.stop(grace=2.0)
 
@@ -419,8 +429,7 @@ def _security(options: argparse.Namespace, run: str) -> Security | None:
         raise InputError(
             "--clients-show needs --tls DIR: proofs are shown over an encrypted channel only"
         )
-    proof = options.proof or "certificate"
-    security = Security.load(options.tls, proof, run) if options.tls else None
+    security = Security.load(options.tls, _proof(options), run) if options.tls else None
     check_address(options.bind, secured=security is not None, exposed=options.exposed)
     if options.exposed and security is None:
         _complain(
@@ -429,6 +438,10 @@ def _security(options: argparse.Namespace, run: str) -> Security | None:
             0,
         )
     return security
+
+
+def _proof(options: argparse.Namespace) -> str:
+    return options.proof or "certificate"
 
 
 def _run_federation(

@@ -43,6 +43,7 @@ class RunConfig(Textual):
         quarantine: when a client that keeps losing its weight is asked no more; as it is, clients are
             only watched.
         shards: over how many processes the model's coordinates are spread.
+        gateways: how many processes take updates in; 1 is the server's own alone.
         checkpoint_every: rounds between checkpoints; the last round always leaves one.
         malicious: in an experiment, how many clients (the first ones) are malicious.
         attack: in an experiment, what those send, as text.
@@ -67,6 +68,7 @@ class RunConfig(Textual):
     durability: str = "process"
     quarantine: str = WATCH
     shards: int = 2
+    gateways: int = 1
     checkpoint_every: int = 10
     malicious: int = 0
     attack: str = "alie"
@@ -97,6 +99,7 @@ class RunConfig(Textual):
             f"server_momentum must be in [0, 1), got {self.server_momentum}",
         )
         self.require(self.shards >= 1, f"shards must be at least 1, got {self.shards}")
+        self.require(self.gateways >= 1, f"gateways must be at least 1, got {self.gateways}")
         self.require(
             self.checkpoint_every >= 1,
             f"checkpoint_every must be at least 1, got {self.checkpoint_every}",

@@ -18,7 +18,7 @@ import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -26,21 +26,15 @@ from typing import Any, TypeVar
 import numpy as np
 from fedrobust_proto.v1 import vectors
 from fedrobust_proto.v1.federation_pb2 import (
-    COMPRESSION_NONE,
     Assignment,
-    Chunk,
-    Compression,
-    DType,
     EnrolReply,
     EnrolRequest,
     ModelRequest,
-    ProgressReply,
     ProgressRequest,
     Receipt,
     RoundsRequest,
     Status,
     SubmitHeader,
-    SubmitRequest,
     TensorSpec,
 )
 from fedrobust_proto.v1.federation_pb2 import Manifest as ManifestMessage
@@ -54,10 +48,19 @@ from fedrobust.training import Evaluation, Manifest
 from fedrobust_server import lifeline
 from fedrobust_server import round as machine
 from fedrobust_server.config import RunConfig
-from fedrobust_server.intake import TAKEN_OVER, Upload, read_header, receive, unfit
+from fedrobust_server.intake import TAKEN_OVER, unfit
 from fedrobust_server.ledger import Answer, Ledger, Standing
 from fedrobust_server.metrics import Metrics
 from fedrobust_server.quarantine import MALFORMED, evidence, parse_policy
+from fedrobust_server.reception import (
+    LOST,
+    DeniedError,
+    LeavingError,
+    Outcome,
+    Place,
+    Reception,
+    surplus,
+)
 from fedrobust_server.record import by_client, columns
 from fedrobust_server.round import Fault, Phase
 from fedrobust_server.runs import RunFolder
@@ -73,16 +76,6 @@ _ATTEMPTS = 4
 _LEAVING = "the server stops; come back later"
 _LULL = 0.3
 """Seconds without an update after which those that are there are folded in."""
-_SESSIONS = 4
-"""Sessions of one client at a time; a further one ends the oldest."""
-
-
-class DeniedError(Exception):
-    """A call that cannot be answered at all: no such session, no such round."""
-
-
-class LeavingError(Exception):
-    """The server is going away, and will be back."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +106,7 @@ class _Session:
     """One connection's identity and what it is offered."""
 
     client: str
+    gateway: str
     offers: asyncio.Queue[Assignment | None] = field(default_factory=asyncio.Queue)
 
 
@@ -129,7 +123,7 @@ class _Round:
         digests: of the accepted updates.
         refused: how many submissions did not count.
         malformed: clients that sent what cannot be an update.
-        uploads: what each client has sent so far.
+        places: of the updates that are being taken in, the latest of each client.
         opened: on the loop's clock.
         closes_at: on the loop's clock.
     """
@@ -143,7 +137,7 @@ class _Round:
     refused: int = 0
     malformed: set[str] = field(default_factory=set)
     opened: float = 0.0
-    uploads: dict[str, Upload] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
     closes_at: float = 0.0
 
     @classmethod
@@ -156,7 +150,7 @@ class _Round:
         return current
 
 
-class Coordinator:
+class Coordinator(Reception):
     """A federation in progress. Its coroutines are called from one event loop."""
 
     def __init__(  # noqa: PLR0913 (the parts of a server)
@@ -187,6 +181,7 @@ class Coordinator:
             watch: is told of every finished round.
             metrics: are kept up to date.
         """
+        super().__init__(shards.write)
         task = config.task
         plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, task.seed)
         self._metrics, self._policy = metrics, parse_policy(config.quarantine)
@@ -206,8 +201,8 @@ class Coordinator:
             tensors=[TensorSpec(name=name, shape=shape) for name, shape in manifest]
         )
         self._model, self._velocity = state
-        self._packed: dict[tuple[DType, Compression], asyncio.Future[memoryview | list[Chunk]]] = {}
         self._sessions: dict[bytes, _Session] = {}
+        self._tickets = 0
         self._listening: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._recorded: asyncio.Task[None] | None = None
@@ -247,12 +242,15 @@ class Coordinator:
 
     # ---- what clients call ------------------------------------------------------------------------
 
-    async def enrol(self, request: EnrolRequest, identity: str | None = None) -> EnrolReply:
+    async def enrol(
+        self, request: EnrolRequest, identity: str | None = None, gateway: str = ""
+    ) -> EnrolReply:
         """Join; answers with a session.
 
         Args:
             request: who asks.
             identity: who that is for certain; None believes the request.
+            gateway: where; "" is this process.
 
         Raises:
             DeniedError: the name is not one that logs and files can carry, or another's.
@@ -265,10 +263,10 @@ class Coordinator:
         if identity is not None and request.client != identity:
             raise DeniedError(f"you are {identity!r} and cannot join as {request.client!r}")
         session = secrets.token_bytes(16)
-        own = [key for key, other in self._sessions.items() if other.client == request.client]
-        for key in own[: 1 - _SESSIONS]:
-            self._sessions.pop(key).offers.put_nowait(None)
-        self._sessions[session] = _Session(request.client)
+        owners = {key: other.client for key, other in self._sessions.items()}
+        for key in surplus(owners, request.client):
+            self._end(key)
+        self._sessions[session] = _Session(request.client, gateway)
         return EnrolReply(
             session=session,
             federation=self._config.run,
@@ -307,95 +305,107 @@ class Coordinator:
         if self._state.draining or self._state.phase is not Phase.DONE:
             raise LeavingError(_LEAVING)
 
-    async def model(self, request: ModelRequest) -> AsyncGenerator[Chunk, None]:
-        """Stream the model that a round starts from; nothing if the round is not open (any more).
+    async def start(self, request: ModelRequest) -> Floats | None:
+        """The model that a round starts from; None if the round is not open (any more).
 
         Raises:
-            DeniedError: unknown session, or an encoding that is not understood.
+            DeniedError: unknown session.
         """
         self._session(request.session)
-        encoding = request.encoding
-        if encoding.dtype not in vectors.DTYPES or (
-            encoding.compression not in vectors.COMPRESSIONS.values()
-        ):
-            raise DeniedError(f"the encoding {encoding.dtype}, {encoding.compression} is not understood")
-        if request.round != self._state.round or self._state.phase is not Phase.COLLECTING:
-            return
-        key = encoding.dtype, encoding.compression
-        if key not in self._packed:  # once for all clients of the round
-            work = asyncio.to_thread(_packed, self._model, *key)
-            self._packed[key] = asyncio.ensure_future(work)
-        packed = await asyncio.shield(self._packed[key])
-        if isinstance(packed, list):
-            for chunk in packed:
-                if chunk.offset >= request.offset:
-                    self._metrics.sent.inc(len(chunk.data))
-                    yield chunk
-        else:
-            for chunk in vectors.chunks(packed, start=request.offset):
-                self._metrics.sent.inc(len(chunk.data))
-                yield chunk
+        collecting = self._state.phase is Phase.COLLECTING
+        return self._model if collecting and request.round == self._state.round else None
 
-    async def progress(self, request: ProgressRequest) -> ProgressReply:
-        """How much of an update is here; the connection that was sending it sends no more.
+    async def settled(self, request: ProgressRequest) -> Receipt | None:
+        """The receipt of an update that counts already.
 
         Raises:
             DeniedError: unknown session.
         """
         client = self._session(request.session).client
-        if request.round == self._round.number and self._round.digests.get(client) == request.digest:
-            return ProgressReply(receipt=Receipt(status=Status.STATUS_ACCEPTED))
-        upload = self._round.uploads.get(client)
-        if (
-            request.round != self._round.number
-            or upload is None
-            or (upload.header.digest != request.digest)
-        ):
-            return ProgressReply()
-        await upload.take_over()
-        return ProgressReply(received=upload.received)
+        return self._first_receipt(client, request.round, request.digest)
 
-    async def submit(self, requests: AsyncIterator[SubmitRequest]) -> Receipt:
-        """Take one update, chunk by chunk, and say what became of it.
+    async def admit(self, header: SubmitHeader, gateway: str = "") -> Place | Receipt:
+        """Where an update is to go, or the receipt that says why it is not wanted.
+
+        Args:
+            header: of the update.
+            gateway: who is to store it; "" is this process.
 
         Raises:
             DeniedError: unknown session.
             LeavingError: the server stops before the run is over.
         """
-        header = await read_header(requests)
-        if header is None:
-            return Receipt(status=Status.STATUS_MALFORMED, reason="the stream must begin with a header")
         client, current = self._session(header.session).client, self._round
-        if header.round == current.number and current.digests.get(client) == header.digest:
-            return Receipt(status=Status.STATUS_ACCEPTED)  # the first receipt was lost on its way
+        receipt = self._first_receipt(client, header.round, header.digest)
+        if receipt is not None:
+            return receipt
         if machine.turn_fault(self._state, client, header.round) is None:
             await current.begun.wait()
         if self._state.draining:
             raise LeavingError(_LEAVING)
         fault = machine.turn_fault(self._state, client, header.round)
         fault = fault or unfit(header, self._shards.size)
+        storing = current.places.get(client)
+        if fault is None and storing is not None and storing.gateway != gateway:
+            reason = f"another gateway is taking in an update of {client}; try again when it has ended"
+            fault = Fault(Status.STATUS_UNAVAILABLE, reason)
         if fault is not None:
             return self._answered(client, header, fault)
-        upload = await self._upload(client, header, current)
-        if isinstance(upload, Fault):
-            return self._answered(client, header, upload)
-        before, generation = upload.received, upload.generation
-        try:
-            with self._metrics.uploads.track_inprogress():
-                fault = await receive(requests, upload, self._shards.write)
-            if fault is None and self._config.durability == "machine":
-                await asyncio.to_thread(upload.spool.sync)
-            if upload.generation != generation:  # its place may hold other values already
-                fault = fault or TAKEN_OVER
-        except asyncio.CancelledError:
-            lost = Fault(Status.STATUS_TRUNCATED, "the connection was lost in the middle of the upload")
-            self._answered(client, header, lost)
-            raise
-        finally:
-            self._metrics.received.inc(max(upload.received - before, 0))
-        return self._answered(client, header, fault, upload)
+        if current.spool is None:
+            raise RuntimeError(f"round {current.number} has begun without a spool")
+        self._tickets += 1
+        place = Place(
+            client=client,
+            header=header,
+            slot=current.slots[client],
+            spool=current.spool.path,
+            slots=current.spool.slots,
+            ticket=self._tickets,
+            gateway=gateway,
+            durable=self._config.durability == "machine",
+        )
+        current.places[client] = place
+        self._metrics.uploads.set(len(current.places))
+        return place
+
+    async def conclude(self, place: Place, outcome: Outcome) -> Receipt:
+        """Judge and record what became of an update that was admitted."""
+        self._metrics.received.inc(outcome.received)
+        current, client, fault = self._round, place.client, outcome.fault
+        late = place.header.round != current.number
+        if place.gateway and fault is None and not late and current.spool is not None:
+            # Shards that cannot see the spool are passed on what comes in here, chunk by chunk. Another
+            # process need not know them: its updates are read from the spool, which we share.
+            await asyncio.to_thread(self._shards.send, current.spool, place.slot)
+        storing = current.places.get(client)
+        if storing is not None and storing.ticket == place.ticket:
+            del current.places[client]
+            self._metrics.uploads.set(len(current.places))
+        else:  # whoever was admitted since may be writing over it
+            fault = fault or TAKEN_OVER
+        return self._answered(client, place.header, fault, (place.slot, outcome.norm))
+
+    def sent(self, count: int) -> None:
+        """So many bytes of a model went out."""
+        self._metrics.sent.inc(count)
+
+    async def gone(self, gateway: str) -> None:
+        """A gateway has died: its sessions are over, and nobody stores what it was storing."""
+        for place in tuple(self._round.places.values()):
+            if place.gateway == gateway:
+                await self.conclude(place, LOST)
+        for key in [key for key, session in self._sessions.items() if session.gateway == gateway]:
+            self._end(key)
+
+    def note(self, what: str) -> None:
+        """Something happened that an operator should know of."""
+        log.warning(what, extra={"round": self._round.number})
+        self._ledger.event(self._round.number, what)
 
     # ---- events and actions -----------------------------------------------------------------------
+
+    def _end(self, key: bytes) -> None:
+        self._sessions.pop(key).offers.put_nowait(None)
 
     def _session(self, key: bytes) -> _Session:
         try:
@@ -403,35 +413,25 @@ class Coordinator:
         except KeyError:
             raise DeniedError("unknown session; enrol first") from None
 
-    async def _upload(self, client: str, header: SubmitHeader, current: _Round) -> Upload | Fault:
-        """The upload that a header goes on with, or a new one in the place of whatever there was."""
-        upload = current.uploads.get(client)
-        if upload is not None and not await upload.take_over():
-            return TAKEN_OVER
-        fault = machine.turn_fault(self._state, client, header.round)  # the round may be over by now
-        if fault is not None:
-            return fault
-        if upload is None or not upload.continues(header):
-            if header.offset:
-                return Fault(
-                    Status.STATUS_TRUNCATED,
-                    f"what is before byte {header.offset} is not here; ask for the progress",
-                )
-            if current.spool is None:
-                raise RuntimeError(f"round {current.number} has begun without a spool")
-            upload = Upload(header, current.slots[client], current.spool)
-            current.uploads[client] = upload
-        return upload
+    def _first_receipt(self, client: str, number: int, digest: bytes) -> Receipt | None:
+        """The receipt of an update that counts, which may have been lost on its way."""
+        if number == self._round.number and self._round.digests.get(client) == digest:
+            return Receipt(status=Status.STATUS_ACCEPTED)
+        return None
 
     def _answered(
-        self, client: str, header: SubmitHeader, fault: Fault | None, upload: Upload | None = None
+        self,
+        client: str,
+        header: SubmitHeader,
+        fault: Fault | None,
+        stored: tuple[int, float | None] = (0, None),
     ) -> Receipt:
         """Let the machine decide on a finished upload, record the answer, and phrase it."""
         event = machine.Submitted(client, header.round, fault)
         state, (answer, *rest) = machine.step(self._state, event)
         fault = answer.fault if isinstance(answer, machine.Refuse) else None
         status = Status.STATUS_ACCEPTED if fault is None else fault.status
-        norm = None if upload is None else math.sqrt(upload.square)
+        slot, norm = stored
         record = Answer(
             round=min(header.round, 2**62),
             client=client,
@@ -451,11 +451,10 @@ class Coordinator:
         self._metrics.answered(record.status)
         if record.status in MALFORMED:
             self._round.malformed.add(client)
-        if fault is None and upload is not None and norm is not None:
+        if fault is None and norm is not None:
             self._round.norms[client], self._round.digests[client] = norm, header.digest
-            self._round.uploads.pop(client, None)
             if self._weighs:
-                self._shards.complete(upload.slot)
+                self._shards.complete(slot)
                 self._fold_soon()
         else:
             self._round.refused += 1
@@ -563,7 +562,6 @@ class Coordinator:
             self._settle("skipped", result.verdict.value, result, clients)
             return
         self._model, self._velocity = state
-        self._packed = {}
         self._settle("aggregated", "", result, clients)
 
     def _combine(
@@ -602,10 +600,8 @@ class Coordinator:
         """Put down what became of shards, in one line that says why."""
         why = str(error).strip().rpartition("\n")[2]
         what = f"shards were lost {'too often' if last else 'and are started anew'}"
-        what = printable(f"{what}: {type(error).__name__}: {why}", 500)
-        log.warning(what, extra={"round": self._round.number})
         self._metrics.restarts.inc(not last)
-        self._ledger.event(self._round.number, what)
+        self.note(printable(f"{what}: {type(error).__name__}: {why}", 500))
 
     def _restore(self) -> None:
         """All shards as they were: the state before the round, and the accepted updates."""
@@ -684,8 +680,7 @@ class Coordinator:
         moved: bool,
     ) -> None:
         """Save what a round led to; only then its updates go."""
-        for upload in current.uploads.values():
-            await upload.take_over()
+        self.forget()
         if moved:
             state = self._model, self._velocity
             figures["state"] = await asyncio.to_thread(self._folder.save_state, current.number, *state)
@@ -727,9 +722,3 @@ def _resumed(standing: Standing) -> machine.Resumed:
         collected=standing.collected,
         closed=standing.closed,
     )
-
-
-def _packed(model: Floats, dtype: DType, compression: Compression) -> memoryview | list[Chunk]:
-    """A model ready to travel: its bytes, or its compressed chunks."""
-    data = vectors.pack(model, dtype)
-    return data if compression == COMPRESSION_NONE else list(vectors.chunks(data, compression))

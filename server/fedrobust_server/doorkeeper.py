@@ -14,8 +14,8 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from fedrobust_server.coordinator import DeniedError, LeavingError
 from fedrobust_server.limits import Limits, Slots, due, prompt
+from fedrobust_server.reception import DeniedError, LeavingError
 from fedrobust_server.refusals import MalformedError, RefusedError, StalledError
 
 LOG = logging.getLogger(__name__)

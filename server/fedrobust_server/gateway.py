@@ -199,6 +199,7 @@ async def listen(
     limits: Limits | None = None,
     *,
     exposed: bool = False,
+    shared: bool = False,
 ) -> Listening:
     """Start serving; port 0 lets the system choose one.
 
@@ -208,6 +209,7 @@ async def listen(
         security: TLS, and who is let in; None only for loopback.
         limits: on what callers may take.
         exposed: let anyone who reaches the address read and poison the federation.
+        shared: let other gateways listen on the same port.
 
     Raises:
         InputError: as `check_address`, or the address is taken.
@@ -216,7 +218,7 @@ async def listen(
     limits = limits or Limits()
     server = grpc.aio.server(
         interceptors=[Doorkeeper(SERVICE, limits)],
-        options=limits.options(),
+        options=limits.options(shared=shared),
         maximum_concurrent_rpcs=limits.calls,
     )
     federation_pb2_grpc.add_FederationServicer_to_server(Gateway(served, security, limits), server)

@@ -43,6 +43,7 @@ class Upload:
         header: what the client said was coming.
         slot: its place in the spool.
         spool: where its values go.
+        ticket: of the last admission to this place.
         received: bytes that are there, uncompressed.
         square: the squared norm of the values that are there.
         generation: which of the client's connections is sending; a later one takes over.
@@ -52,6 +53,7 @@ class Upload:
     header: SubmitHeader
     slot: int
     spool: Spool
+    ticket: int = 0
     received: int = 0
     square: float = 0.0
     generation: int = 0

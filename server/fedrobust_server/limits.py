@@ -70,8 +70,12 @@ class Limits:
             if not value > 0:
                 raise InputError(f"limits: {name} must be above 0, got {value}")
 
-    def options(self) -> list[tuple[str, int]]:
-        """Those limits that gRPC itself keeps, as options of its server."""
+    def options(self, *, shared: bool = False) -> list[tuple[str, int]]:
+        """Those limits that gRPC itself keeps, as options of its server.
+
+        Args:
+            shared: other servers may listen on the same port, and each gets some of the clients.
+        """
         milliseconds = {
             "grpc.server_handshake_timeout_ms": self.handshake_timeout,
             "grpc.max_connection_idle_ms": self.idle,
@@ -90,8 +94,8 @@ class Limits:
             ("grpc.http2.max_ping_strikes", 2),
             # Compressed messages are refused: what they would grow to is not for the caller to decide.
             ("grpc.compression_enabled_algorithms_bitset", 1),
-            # Two servers on one port would each get some of the clients; the second is to be told.
-            ("grpc.so_reuseport", 0),
+            # Otherwise the second one is to be told that the port is taken.
+            ("grpc.so_reuseport", int(shared)),
             *((name, int(seconds * 1000)) for name, seconds in milliseconds.items()),
         ]
 

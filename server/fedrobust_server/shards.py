@@ -266,6 +266,11 @@ class Shards:
                 arrived = arrivals.remote(slot, a - low, values[a - start : b - start])
                 self._arriving.append(arrived)
 
+    def send(self, spool: Spool, slot: int) -> None:
+        """Pass a whole update on to those shards that cannot see the spool."""
+        for start in range(0, self.size if self._blind else 0, _PIECE):
+            self.write(slot, start, spool.read(slot, start, min(start + _PIECE, self.size)))
+
     def complete(self, slot: int) -> None:
         """The update in a slot is whole; every few of them are folded in, at once."""
         for actor in self._actors:
@@ -292,8 +297,7 @@ class Shards:
     def replay(self, spool: Spool, slots: Sequence[int]) -> None:
         """Give shards that have just begun a round the updates that are in its spool already."""
         for slot in slots:
-            for start in range(0, self.size if self._blind else 0, _PIECE):
-                self.write(slot, start, spool.read(slot, start, min(start + _PIECE, self.size)))
+            self.send(spool, slot)
             self._arrived()  # so that what is on its way does not fill Ray's memory
             self.complete(slot)
 

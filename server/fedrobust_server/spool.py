@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ def identity(file: Path | int) -> Identity | None:
 
 @dataclass(frozen=True)
 class Spool:
-    """The file of one round.
+    """The file of one round, open for as long as anything refers to this.
 
     Attributes:
         path: of the file.
@@ -49,6 +51,7 @@ class Spool:
     slots: int
     size: int
     file: int
+    _closing: Callable[[], object] = field(init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path, slots: int, size: int) -> Spool:
@@ -60,6 +63,19 @@ class Spool:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(file, slots * size * 4)
         return cls(path, slots, size, file)
+
+    @classmethod
+    def find(cls, path: Path, slots: int, size: int) -> Spool:
+        """Open the file that another process has made.
+
+        Raises:
+            OSError: it is not there (any more).
+        """
+        return cls(path, slots, size, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
+    def __post_init__(self) -> None:
+        # What is still being written when the round ends must not end up in the file of another.
+        object.__setattr__(self, "_closing", weakref.finalize(self, os.close, self.file))
 
     def write(self, slot: int, start: int, values: Floats) -> None:
         """Store some coordinates of the update in a slot.
@@ -89,10 +105,9 @@ class Spool:
         os.fdatasync(self.file)
 
     def close(self) -> None:
-        """Leave the file as it is."""
-        os.close(self.file)
+        """Leave the file as it is, before nothing refers to this any more."""
+        self._closing()
 
     def remove(self) -> None:
         """Forget the round."""
-        self.close()
         self.path.unlink(missing_ok=True)

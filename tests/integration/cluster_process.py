@@ -7,6 +7,7 @@ without a farewell) and the end of the input, which ends it all; every answer is
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import Any
 
@@ -35,6 +36,7 @@ def main(head_cpus: int) -> None:
             case ["remove", number]:
                 cluster.remove_node(nodes[int(number)], allow_graceful=False)
                 tell(removed=int(number))
+    signal.alarm(15)  # putting away what is dead already can take for ever
     cluster.shutdown()
 
 

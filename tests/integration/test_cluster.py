@@ -135,6 +135,7 @@ class Run:
     folder: Path
     name: str
     seam: str = "pass"
+    server: subprocess.Popen[str] | None = None
 
     @contextlib.contextmanager
     def served(self, *options: str) -> Iterator[subprocess.Popen[str]]:
@@ -190,6 +191,7 @@ class Run:
             The server's exit code, and its complaints; warnings are in its log as well.
         """
         with self.served("--checkpoint-every", str(ROUNDS)) as server:
+            self.server = server
             assert server.stdout
             address = json.loads(server.stdout.readline())["listening"]
             asyncio.run(self._go(address, server, early, late))
@@ -387,13 +389,17 @@ with start_ray({bare.address!r}):
     )
 
 
-@pytest.mark.parametrize("kind", ["idle", "aggregating"])
+@pytest.mark.parametrize("kind", [pytest.param("idle", marks=pytest.mark.slow), "aggregating"])
 def test_a_cluster_that_is_gone_ends_the_server_in_one_line(kind: str, tmp_path: Path) -> None:
     with cluster(1) as gone:
         run = Run(gone, tmp_path, "run", HASTY)
 
         def kill_everything() -> None:
             kill(psutil.Process(gone.process.pid).children())
+            kill(gone.shards())
+            if kind == "idle":  # and stays so: no update is on its way
+                assert run.server
+                run.server.wait(60)
 
         code, error = run.go(kill_everything) if kind == "idle" else run.go(late=kill_everything)
         accepted = run.accepted()

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import sqlite3
 import sys
 import time
 import typing
@@ -80,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), 1)
     except OSError as error:  # such as a full disk
         return _complain(f"{error.strerror}: {error.filename or 'the run cannot be saved'}", 1)
+    except sqlite3.OperationalError as error:  # a full disk, seen by the ledger
+        return _complain(f"the ledger cannot be written: {error}; make room, and go on by --resume", 1)
     except (KeyboardInterrupt, asyncio.CancelledError):
         return _complain("interrupted", 130)
     finally:

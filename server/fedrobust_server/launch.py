@@ -25,6 +25,7 @@ from ray.exceptions import AuthenticationError
 from fedrobust import InputError
 from fedrobust.data import Dataset, load
 from fedrobust.training import Evaluation, evaluate, load_vector, manifest, to_vector
+from fedrobust_server import lifeline
 from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import Coordinator, RoundReport
 from fedrobust_server.metrics import Metrics
@@ -188,7 +189,8 @@ def federation(
                 metrics=metrics or Metrics(),
             )
             yield Federation(coordinator, folder)
-            shards.stop()
+            if lifeline.alive():  # else there is nothing to stop, and trying would take a minute
+                shards.stop()
 
 
 def _judge(module: torch.nn.Module, dataset: Dataset, model: Floats) -> Evaluation:

@@ -66,6 +66,14 @@ async def watch() -> None:
         await asyncio.to_thread(check)
 
 
+def alive() -> bool:
+    """Whether the cluster answers now."""
+    try:
+        return _ask()
+    except RpcError:
+        return False
+
+
 _HELP = "when the cluster is back, go on by --resume"
 
 

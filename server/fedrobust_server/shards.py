@@ -225,7 +225,8 @@ class Shards:
     def _wait(self, starting: list[Any]) -> None:
         """Wait until all shards have come to life, as long as that may take."""
         deadline = time.monotonic() + self._patience
-        while ray.wait(starting, num_returns=len(starting), timeout=lifeline.PAUSE)[1]:
+        pause = min(4 * lifeline.PAUSE, self._patience)  # on a busy machine it takes a while anyway
+        while ray.wait(starting, num_returns=len(starting), timeout=pause)[1]:
             lifeline.check()
             what = f"the Ray cluster to start {len(starting)} shards of {_CPU} CPU"
             cpus = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]

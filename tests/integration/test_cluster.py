@@ -274,6 +274,7 @@ def test_a_shard_killed_while_updates_come_in(nodes: Nodes, undisturbed: Run, tm
     whole(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_node_removed_while_updates_come_in_and_no_shard_sees_the_spool(
     nodes: Nodes, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -293,6 +294,7 @@ def test_a_node_removed_during_aggregation(nodes: Nodes, undisturbed: Run, tmp_p
     whole(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_shards_that_always_die_end_the_run_which_can_be_resumed(
     nodes: Nodes, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -389,7 +391,8 @@ with start_ray({bare.address!r}):
     )
 
 
-@pytest.mark.parametrize("kind", [pytest.param("idle", marks=pytest.mark.slow), "aggregating"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["idle", "aggregating"])
 def test_a_cluster_that_is_gone_ends_the_server_in_one_line(kind: str, tmp_path: Path) -> None:
     with cluster(1) as gone:
         run = Run(gone, tmp_path, "run", HASTY)

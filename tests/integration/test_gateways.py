@@ -255,6 +255,7 @@ def test_a_malformed_client_at_one_gateway_harms_nobody_at_another(
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_certificates_are_asked_for_at_every_gateway(ray_cluster: None, tmp_path: Path) -> None:
     authority = Authority.create(tmp_path / "keys")
     authority.server(["127.0.0.1"])
@@ -285,6 +286,7 @@ def test_certificates_are_asked_for_at_every_gateway(ray_cluster: None, tmp_path
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_a_gateway_that_cannot_serve_says_why(ray_cluster: None, tmp_path: Path) -> None:
     async def refused(front: Front, token: Token) -> str:
         async with doors(tmp_path, 1) as there:
@@ -364,6 +366,7 @@ def test_gateways_killed_at_random_moments(ray_cluster: None, tmp_path: Path, se
     asyncio.run(killed(tmp_path, moments, rounds=10))
 
 
+@pytest.mark.slow
 def test_a_gateway_killed_in_the_middle_of_an_upload_frees_its_place(
     ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -391,6 +394,7 @@ def test_a_gateway_killed_in_the_middle_of_an_upload_frees_its_place(
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_the_command_line_serves_processes_by_two_gateways(tmp_path: Path) -> None:
     place = ("--json", "--bind", "127.0.0.1:0", "--runs-dir", str(tmp_path), "--run", "two")
     plan = ("--clients", "3", "--rounds", "2", "--model", "softmax", "--gateways", "2")

@@ -134,7 +134,9 @@ def same_model(folder: Path, uninterrupted: Path) -> None:
     ("kind", "kills"),
     [
         (signal.SIGKILL, [(2, 0.0), (CLIENTS + 1, 0.0)]),  # in the middle of a round
-        (signal.SIGTERM, [(CLIENTS, 0.01)]),  # about when a round is being dealt with
+        pytest.param(  # about when a round is being dealt with
+            signal.SIGTERM, [(CLIENTS, 0.01)], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_server_that_was_ended_goes_on_to_the_same_model(

@@ -283,6 +283,7 @@ def test_a_node_removed_while_updates_come_in_and_no_shard_sees_the_spool(
     whole(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_node_removed_during_aggregation(nodes: Nodes, undisturbed: Run, tmp_path: Path) -> None:
     run = Run(nodes, tmp_path, "run")
 
@@ -355,6 +356,7 @@ def refused(nodes: Nodes, tmp_path: Path, **env: str) -> str:
     return str(line)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_let_us_in_is_told_in_one_line(bare: Nodes, tmp_path: Path) -> None:
     asks = f"the Ray cluster at {bare.address} asks for its token, see docs/operating.md"
     assert asks in refused(bare, tmp_path, RAY_AUTH_TOKEN="b" * 64)
@@ -365,6 +367,7 @@ def test_a_cluster_that_does_not_let_us_in_is_told_in_one_line(bare: Nodes, tmp_
         assert f"there is no Ray cluster at {address}" in refused(nobody, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_cluster_without_room_is_not_waited_for_for_ever(bare: Nodes) -> None:
     program = f"""
 import numpy as np, ray

@@ -43,7 +43,6 @@ from ray.exceptions import RayError
 from fedrobust import Aggregated, InputError, Verdict, parse_rule
 from fedrobust.aggregate import combine, gram_of
 from fedrobust.rules import CoordinateWise
-from fedrobust.text import printable
 from fedrobust.training import Evaluation, Manifest
 from fedrobust_server import lifeline
 from fedrobust_server import round as machine
@@ -598,10 +597,9 @@ class Coordinator(Reception):
 
     def _lost(self, error: RayError, *, last: bool) -> None:
         """Put down what became of shards, in one line that says why."""
-        why = str(error).strip().rpartition("\n")[2]
         what = f"shards were lost {'too often' if last else 'and are started anew'}"
         self._metrics.restarts.inc(not last)
-        self.note(printable(f"{what}: {type(error).__name__}: {why}", 500))
+        self.note(f"{what}: {lifeline.reason(error)}")
 
     def _restore(self) -> None:
         """All shards as they were: the state before the round, and the accepted updates."""

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import psutil
 import ray
 import torch
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 
 from fedrobust import InputError
 from fedrobust.data import Dataset, load
@@ -33,6 +34,11 @@ from fedrobust_server.round import KEEPS_TURN
 from fedrobust_server.runs import RunFolder
 from fedrobust_server.shards import Shards
 from fedrobust_server.spool import Floats
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 4
+"""How often shards are started before the run ends."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ def start_ray(address: str | None) -> Iterator[None]:
         yield
         return
     before = _descendants()
+    worker.print_to_stdstream = _note  # Ray would print what its nodes say among our JSON lines
     if address is not None:
         _join_ray(address)
     else:
@@ -73,6 +80,11 @@ def start_ray(address: str | None) -> Iterator[None]:
             for process in psutil.wait_procs(started, timeout=3.0)[1]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+
+
+def _note(data: Any, ignore_prefix: bool) -> None:  # noqa: ANN401, ARG001 (as Ray has it)
+    """Log what Ray's nodes say; what matters of it comes as an error to whoever is concerned."""
+    log.info("Ray says: %s", " ".join(data["lines"]))
 
 
 def _join_ray(address: str) -> None:
@@ -162,6 +174,7 @@ def federation(
 
     Raises:
         InputError: the dataset is not there, or what was saved cannot be gone on with.
+        ConnectionError: Ray cannot start the shards.
     """
     dataset = load(config.task.dataset, data_dir)
     module = config.task.build_model(dataset)
@@ -175,7 +188,7 @@ def federation(
         if standing is not None and not standing.closed:
             folder.check_spool(standing, len(first))
         with start_ray(ray_address):
-            shards.start(*state)
+            _start(shards, state)
             coordinator = Coordinator(
                 config,
                 names,
@@ -191,6 +204,20 @@ def federation(
             yield Federation(coordinator, folder)
             if lifeline.alive():  # else there is nothing to stop, and trying would take a minute
                 shards.stop()
+
+
+def _start(shards: Shards, state: tuple[Floats, Floats]) -> None:
+    """Start the shards; again, where a node has just died and Ray does not know of it yet."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            shards.start(*state)
+        except RayError as error:
+            what = f"shards cannot be started: {lifeline.reason(error)}"
+            if not left:
+                raise ConnectionError(what) from None
+            log.warning("%s; trying again", what)
+        else:
+            return
 
 
 def _judge(module: torch.nn.Module, dataset: Dataset, model: Floats) -> Evaluation:

@@ -13,7 +13,9 @@ from typing import Any
 import ray
 from ray._private import worker
 from ray._raylet import NodeID
-from ray.exceptions import GetTimeoutError, RpcError
+from ray.exceptions import GetTimeoutError, RayError, RpcError
+
+from fedrobust.text import printable
 
 PATIENCE = 30.0
 """Seconds that the cluster's head may be away, as when it is started anew; Ray's own limit is 60."""
@@ -72,6 +74,12 @@ def alive() -> bool:
         return _ask()
     except RpcError:
         return False
+
+
+def reason(error: RayError) -> str:
+    """What Ray says became of something, in one line."""
+    why = str(error).strip().rpartition("\n")[2]
+    return printable(f"{type(error).__name__}: {why}", 400)
 
 
 _HELP = "when the cluster is back, go on by --resume"

@@ -193,10 +193,13 @@ class Run:
         with self.served("--checkpoint-every", str(ROUNDS)) as server:
             self.server = server
             assert server.stdout
-            address = json.loads(server.stdout.readline())["listening"]
+            line = server.stdout.readline()
+            assert line, server.communicate()[1]
+            address = json.loads(line)["listening"]
             asyncio.run(self._go(address, server, early, late))
-            lines = server.communicate(timeout=60)[1].splitlines()
-            return server.returncode, [line for line in lines if " warning " not in line]
+            output, complaints = (text.splitlines() for text in server.communicate(timeout=60))
+            assert all(json.loads(line) for line in output)  # nothing of Ray's in between
+            return server.returncode, [line for line in complaints if " warning " not in line]
 
     async def _go(
         self,

@@ -241,9 +241,11 @@ class Clients:
         _expect(offer.round == number, "another round was offered")
         request = ModelRequest(session=self._sessions[0], round=number, encoding=self._encoding)
         self._offers[0] = _put_back(offer, self._offers[0])
-        async for _ in self._stubs[0].Model(request):
-            return time.perf_counter()
-        raise RuntimeError("no model")
+        download = self._stubs[0].Model(request)
+        await anext(aiter(download))
+        came = time.perf_counter()
+        download.cancel()
+        return came
 
     async def close(self) -> None:
         """Hang up."""

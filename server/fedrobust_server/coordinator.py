@@ -579,7 +579,8 @@ class Coordinator(Reception):
         result = combine(rows, self._config.rule, gram, self._config.eps)
         if result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
             return result, None
-        return result, self._shards.step()
+        state = self._folder.state(number, self._shards.kept, self._shards.size)
+        return result, self._shards.step(state)
 
     async def _enduring(self, work: Callable[[], T]) -> T:
         """Do what needs shards, in a thread; bring them back if some are lost, and do it again."""
@@ -680,8 +681,7 @@ class Coordinator(Reception):
         """Save what a round led to; only then its updates go."""
         self.forget()
         if moved:
-            state = self._model, self._velocity
-            figures["state"] = await asyncio.to_thread(self._folder.save_state, current.number, *state)
+            figures["state"] = await asyncio.to_thread(self._folder.keep_state, current.number)
         self._ledger.close_round(current.number, figures, weights, scores)
         if current.spool is not None:
             current.spool.remove()

@@ -7,7 +7,6 @@ state/round-000011.f32      the model, and the optimiser's velocity where there 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,30 +98,19 @@ class RunFolder:
                 )
         spool.close()
 
-    def save_state(self, number: int, model: Floats, velocity: Floats) -> str:
-        """Keep what the next round starts from; returns its digest. Only the state before is kept too.
+    def state(self, number: int, vectors: int, size: int) -> Spool:
+        """Room for what a round leads to: the model, and the velocity if it is of use."""
+        return Spool.open(_unfinished(self._state(number)), vectors, size)
 
-        Args:
-            number: the round that led to it.
-            model: (d,).
-            velocity: (d,), or the same zero d times.
-        """
-        parts = [model] if velocity.strides == (0,) else [model, velocity]
-        digest = blake3()
-        for part in parts:
-            digest.update(part.data.cast("B"))
-
-        def write(partial: Path) -> None:
-            with partial.open("wb") as file:
-                for part in parts:
-                    part.tofile(file)
-
+    def keep_state(self, number: int) -> str:
+        """Keep what a round led to; returns its digest. Only the state before is kept too."""
         path = self._state(number)
-        _replace(path, write)
+        digest = blake3().update_mmap(_unfinished(path)).hexdigest()
+        _finish(path)
         earlier = sorted(other for other in path.parent.glob("round-*.f32") if other < path)
         for other in earlier[:-1]:
             other.unlink()
-        return digest.hexdigest()
+        return digest
 
     def load_state(self, number: int, digest: str, size: int) -> tuple[Floats, Floats]:
         """The model and the velocity after a round.
@@ -153,7 +141,8 @@ class RunFolder:
             for name, tensor in split_vector(torch.from_numpy(model), manifest).items()
         }
         path = self.path / "checkpoints" / f"round-{number:06d}.safetensors"
-        _replace(path, lambda partial: save_file(tensors, partial, metadata={"round": str(number)}))
+        save_file(tensors, _unfinished(path), metadata={"round": str(number)})
+        _finish(path)
 
     def _spool(self, number: int) -> Path:
         return self.path / "spool" / f"round-{number:06d}.rows"
@@ -162,10 +151,13 @@ class RunFolder:
         return self.path / "state" / f"round-{number:06d}.f32"
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file that is whole or absent, whatever happens meanwhile."""
-    partial = path.with_suffix(".partial")
-    write(partial)
-    with partial.open("rb") as file:
+def _unfinished(path: Path) -> Path:
+    """Where a file is written, so that it is whole or absent under its name, whatever happens."""
+    return path.with_suffix(".partial")
+
+
+def _finish(path: Path) -> None:
+    """What was written is whole."""
+    with _unfinished(path).open("rb") as file:
         os.fsync(file.fileno())
-    partial.replace(path)
+    _unfinished(path).replace(path)

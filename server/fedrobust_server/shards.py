@@ -118,20 +118,27 @@ class Shard:
         """Keep what `part` makes of these updates: this slice of the aggregate."""
         self._result = part(self._block(slots))
 
-    def step(self) -> None:
-        """Move the model by the aggregate: v <- momentum v + aggregate, model <- model + lr v."""
+    def step(self, path: str, file: Identity) -> list[Floats]:
+        """Move the model by the aggregate: v <- momentum v + aggregate, model <- model + lr v.
+
+        Returns:
+            This slice of what the next round starts from: of the model, and of the velocity where there
+            is momentum. Nothing if this process can see the file that it belongs in, and wrote it there.
+        """
         if self._result is None:
             raise RuntimeError("there is no aggregate to step by")
-        self._velocity.mul_(self._momentum).add_(self._result)
-        self._model.add_(self._velocity, alpha=self._lr)
-
-    def model(self) -> Floats:
-        """This slice of the model."""
-        return self._model.numpy().copy()
-
-    def velocity(self) -> Floats:
-        """This slice of the optimiser's state."""
-        return self._velocity.numpy().copy()
+        moved = self._result
+        if self._momentum:
+            moved = torch.add(moved, self._velocity, alpha=self._momentum)
+        self._velocity, self._model = moved, torch.add(self._model, moved, alpha=self._lr)
+        slices = [self._model.numpy(), *([moved.numpy()] if self._momentum else [])]
+        if not self.sees(path, file):
+            return slices
+        state = Spool.find(Path(path), len(slices), Path(path).stat().st_size // (4 * len(slices)))
+        for slot, values in enumerate(slices):
+            state.write(slot, self._first, values)
+        state.close()
+        return []
 
     def _block(self, slots: Sequence[int]) -> Block:
         """The updates in these slots, without a copy where they lie side by side."""
@@ -314,16 +321,25 @@ class Shards:
         self._arrived()
         return ShardRows(self._actors, slots)
 
-    def step(self) -> tuple[Floats, Floats]:
+    @property
+    def kept(self) -> int:
+        """How many vectors the next round starts from: the model, and the velocity if it is of use."""
+        return 2 if self._momentum else 1
+
+    def step(self, state: Spool) -> tuple[Floats, Floats]:
         """Move the model by the aggregate that `rows(...).map` left; the model and the velocity, (d,).
 
-        Without momentum the velocity is of no use, and its zeros take no room.
+        Args:
+            state: has `kept` slots, where they are put, and is what is returned.
         """
-        lifeline.get([actor.step.remote() for actor in self._actors])
-        model = np.concatenate(lifeline.get([actor.model.remote() for actor in self._actors]))
-        if not self._momentum:
-            return model, np.broadcast_to(np.float32(0), model.shape)
-        return model, np.concatenate(lifeline.get([actor.velocity.remote() for actor in self._actors]))
+        path, file = str(state.path.resolve()), identity(state.file)
+        found = lifeline.get([actor.step.remote(path, file) for actor in self._actors])
+        for (first, _), slices in zip(self._bounds, found, strict=True):
+            for slot, values in enumerate(slices):
+                state.write(slot, first, values)
+        model, *rest = state.map()
+        # Without momentum the velocity's zeros take no room.
+        return model, rest[0] if rest else np.broadcast_to(np.float32(0), model.shape)
 
     def _arrived(self) -> None:
         """Wait until what was sent is there; what was not taken would be missing in silence."""

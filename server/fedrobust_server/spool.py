@@ -7,6 +7,7 @@ rather than mapped here, so that a full disk is an error of one upload.
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import weakref
@@ -99,6 +100,11 @@ class Spool:
                 raise OSError(f"{self.path} ends before the update in slot {slot}")
             data, at = data[read:], at + read
         return values
+
+    def map(self) -> Floats:
+        """(slots, size): everything, as long as anything refers to it. What is changed stays here."""
+        memory = mmap.mmap(self.file, self.slots * self.size * 4, access=mmap.ACCESS_COPY)
+        return np.frombuffer(memory, "<f4").reshape(self.slots, self.size)
 
     def sync(self) -> None:
         """Wait until everything written is on the disk itself, safe from a loss of power."""

@@ -37,6 +37,10 @@ class Filled:
     spool: Spool
     model: Floats
 
+    @property
+    def state(self) -> Path:
+        return self.spool.path.with_name("state")
+
     def begin(self, rows: Floats, slots: Sequence[int] = SLOTS) -> None:
         self.shards.open(self.spool)
         for slot, row in zip(slots, rows, strict=True):
@@ -50,7 +54,11 @@ class Filled:
         matrix = self.shards.gram(slots)
         gram = gram_of(self.shards.rows(slots), np.ones(len(slots)), np.diag(matrix), 3, matrix=matrix)
         result = combine(self.shards.rows(slots), rule, gram)
-        before, (self.model, _) = self.model, self.shards.step()
+        before, state = self.model, Spool.open(self.state, self.shards.kept, len(self.model))
+        if not self.spool.path.exists():  # as on another machine
+            self.state.unlink()
+        self.model, _ = self.shards.step(state)
+        self.state.unlink(missing_ok=True)
         return result, self.model - before
 
 

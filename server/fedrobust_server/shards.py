@@ -129,8 +129,8 @@ class Shard:
             raise RuntimeError("there is no aggregate to step by")
         moved = self._result
         if self._momentum:
-            moved = torch.add(moved, self._velocity, alpha=self._momentum)
-        self._velocity, self._model = moved, torch.add(self._model, moved, alpha=self._lr)
+            moved = self._velocity.mul_(self._momentum).add_(moved)
+        self._model.add_(moved, alpha=self._lr)
         slices = [self._model.numpy(), *([moved.numpy()] if self._momentum else [])]
         if not self.sees(path, file):
             return slices

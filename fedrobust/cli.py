@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import signal
 import sqlite3
@@ -64,6 +65,14 @@ _REDTEAM = """\
 examples, the second one the table of docs/redteam.md:
   fedrobust redteam "nnm | filter" --clients 20 --eps 0.2
   fedrobust redteam --all --markdown
+"""
+
+
+_REPRODUCE = """\
+examples:
+  fedrobust reproduce
+  fedrobust reproduce robust-mean --quick
+  fedrobust reproduce sever-regression --data-dir data
 """
 
 
@@ -166,8 +175,24 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
     ):
         redteam.add_argument(f"--{name}", type=kind, help=what)
     redteam.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    _reproduce_options(
+        _command(commands, "reproduce", "a published experiment, run again", _REPRODUCE, _reproduce)
+    )
     _keys_commands(_command(commands, "keys", "make and revoke certificates and tokens", _KEYS, None))
     return parser
+
+
+def _reproduce_options(reproduce: argparse.ArgumentParser) -> None:
+    reproduce.add_argument("name", nargs="?", help="of the experiment; none: list them")
+    reproduce.add_argument("--quick", action="store_true", help="a smaller form, of two minutes at most")
+    reproduce.add_argument("--seeds", type=int, help="how many for each setting [the form's own number]")
+    reproduce.add_argument("--data-dir", type=Path, help="where datasets are [$FEDROBUST_DATA]")
+    reproduce.add_argument(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help="where trials, tables and figure go; begun again, it goes on [reproductions/NAME]",
+    )
 
 
 def _keys_commands(keys: argparse.ArgumentParser) -> None:
@@ -650,6 +675,32 @@ def _redteam(options: argparse.Namespace) -> int:
                 print(f"no answer: {assessment.refused}")  # noqa: T201
     above = [a.rule for a in assessments if a.exceeding]
     return _complain(f"found above a bound: {', '.join(above)}", 1) if above else 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from fedrobust.reproductions import CATALOG
+    from fedrobust.text import choose
+
+    if options.name is None:
+        for name, experiment in CATALOG.items():
+            print(f"{name:<20} {experiment.title}")  # noqa: T201
+        return 0
+    experiment = CATALOG[choose(options.name, CATALOG, "experiment")]
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("figures are drawn by matplotlib: pip install 'fedrobust[reproduce]'")
+    if options.seeds is not None and options.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {options.seeds}")
+    folder = options.to or Path("reproductions", options.name + ("-quick" if options.quick else ""))
+    plan = experiment.plan(quick=options.quick, seeds=options.seeds)
+    with _progress(len(plan)) as watch:
+        trials = experiment.run(plan, folder, options.data_dir, watch)
+    if options.json:
+        for trial in trials:
+            print(json.dumps(trial.__dict__))  # noqa: T201
+    else:
+        print(experiment.tables(trials))  # noqa: T201
+        print(f"\n{folder / 'README.md'}, {folder / 'figure.png'}")  # noqa: T201
+    return 0
 
 
 def _run_folder(options: argparse.Namespace) -> Path:

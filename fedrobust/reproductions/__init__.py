@@ -1,0 +1,14 @@
+"""Published experiments, run again: `fedrobust reproduce NAME`.
+
+One experiment a module, each with an `EXPERIMENT`; `CATALOG` names them. The numbers that they are held
+against are in `published/`, one CSV file each, with its source in the module that reads it.
+"""
+
+from __future__ import annotations
+
+from fedrobust.reproductions.experiment import Experiment
+
+CATALOG: dict[str, Experiment] = {}
+"""The experiments, by the names that the command line knows."""
+
+__all__ = ["CATALOG", "Experiment"]

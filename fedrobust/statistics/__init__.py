@@ -1,0 +1,1 @@
+"""Robust statistics as estimators with scikit-learn's interface."""

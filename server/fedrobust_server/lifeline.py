@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray._private import worker
 from ray._raylet import NodeID
-from ray.exceptions import GetTimeoutError, RayError, RpcError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError, RpcError
 
 from fedrobust.text import printable
 
@@ -28,13 +28,18 @@ def get(references: Any) -> Any:  # noqa: ANN401 (Ray's references are untyped)
 
     Raises:
         ConnectionError: it is gone.
-        RayError: as `ray.get`.
+        RayError: an actor was lost, or something else of Ray's.
+        Exception: what an actor itself raised: a full disk, say, which starting it anew would not mend.
     """
     while True:
         try:
             return ray.get(references, timeout=PAUSE)
         except GetTimeoutError:
             check()
+        except RayTaskError as error:
+            if isinstance(error.cause, RayError):
+                raise
+            raise error.cause from error
 
 
 def check() -> None:

@@ -137,6 +137,14 @@ def test_shards_that_start_anew_read_the_round_again(shards: Filled) -> None:
     np.testing.assert_allclose(shards.shards.gram(SLOTS), before, rtol=1e-6, atol=1e-3)
 
 
+def test_a_full_disk_is_not_taken_for_a_lost_shard(shards: Filled) -> None:
+    shards.begin(updates(4))
+    shards.shards.rows(SLOTS).map(lambda block: block.tile(slice(0, block.width))[0])
+    full = Spool.find(Path("/dev/full"), shards.shards.kept, D)
+    with pytest.raises(OSError, match="No space left on device"):
+        shards.shards.step(full)
+
+
 def test_the_server_optimiser_is_sgd_with_momentum(ray_cluster: None, tmp_path: Path) -> None:
     ready = filled(tmp_path, 3, lr=0.5, momentum=0.9)
     velocity, model = np.zeros(D), ready.model.astype(float)

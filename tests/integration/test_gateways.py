@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -220,6 +221,36 @@ def test_an_update_is_taken_in_by_one_connection_at_a_time(ray_cluster: None, tm
             assert await progress(further, session, head) == 400
             assert await submit(further, [header(session, 4, GOOD, offset=400), rest]) == "ACCEPTED"
             np.testing.assert_allclose(await running - start, 7 * GOOD, rtol=1e-5)
+
+    asyncio.run(scenario())
+
+
+def test_an_update_that_cannot_be_read_back_costs_no_turn_and_is_not_sent_again(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with (
+            doors(tmp_path, 2, clients=1, rounds=1, rule="mean") as there,
+            stub(there.ports[1]) as further,
+        ):
+            running = asyncio.ensure_future(there.coordinator.run())
+            session, offers = await enrol(further, "c")
+            assert (await anext(offers)).round == 1
+            start = there.coordinator._model.copy()
+
+            def broken(*_: Any) -> None:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            with monkeypatch.context() as disk:
+                disk.setattr(there.coordinator._shards, "send", broken)
+                assert await submit(further, requests(session, 1, GOOD)) == "UNAVAILABLE"
+            assert not there.coordinator._round.places
+            (answer,) = there.coordinator._ledger.answers()
+            assert "cannot read updates: Input/output error" in answer["reason"]
+            head = header(session, 1, GOOD, offset=len(BYTES))
+            assert await progress(further, session, head) == len(BYTES)
+            assert await submit(further, [head]) == "ACCEPTED"
+            np.testing.assert_allclose(await running - start, GOOD, rtol=1e-5)
 
     asyncio.run(scenario())
 

@@ -6,7 +6,10 @@ state/round-000011.f32      the model, and the optimiser's velocity where there 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +53,26 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
         return cls(path)
+
+    @classmethod
+    @contextlib.contextmanager
+    def begun(cls, parent: Path, config: RunConfig) -> Iterator[RunFolder]:
+        """The folder of a new run; it goes again if the run is refused before its first round.
+
+        What is refused is corrected and tried again, under the same name.
+
+        Raises:
+            InputError: as `create`.
+        """
+        folder = cls.create(parent, config)
+        try:
+            yield folder
+        except InputError:
+            with contextlib.closing(folder.ledger()) as ledger:
+                began = bool(ledger.rounds())
+            if not began:
+                shutil.rmtree(folder.path)
+            raise
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, RunConfig]:

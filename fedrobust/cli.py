@@ -274,7 +274,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         hints, help_texts = typing.get_type_hints(cls), _attribute_docs(cls)
         for field in dataclasses.fields(cls):
-            if field.name == "task":
+            if field.name in ("task", "limits"):  # tables of the file
                 continue
             group.add_argument(
                 f"--{field.name.replace('_', '-')}",
@@ -416,11 +416,16 @@ def _serve(options: argparse.Namespace) -> int:
     async def run(federation: Federation) -> None:
         folder, several = federation.folder, config.gateways > 1
         door = await listen(
-            federation.coordinator, options.bind, security, exposed=options.exposed, shared=several
+            federation.coordinator,
+            options.bind,
+            security,
+            config.limits,
+            exposed=options.exposed,
+            shared=several,
         )
         address = f"{options.bind.rpartition(':')[0]}:{door.port}"
         tls = options.tls.resolve() if options.tls else None
-        front = Front(address, tls, _proof(options), config.run, options.exposed)
+        front = Front(address, tls, _proof(options), config.run, options.exposed, config.limits)
         try:
             async with further_gateways(
                 federation.coordinator, folder, front, config.gateways - 1

@@ -30,6 +30,7 @@ from fedrobust_server.gateway import listen
 from fedrobust_server.gateways import Gateways, further_gateways
 from fedrobust_server.keys import Authority
 from fedrobust_server.launch import Federation, federation
+from fedrobust_server.limits import Limits
 from fedrobust_server.outpost import Front, Token
 from fedrobust_server.runs import RunFolder
 from fedrobust_server.security import Security
@@ -313,6 +314,18 @@ def test_certificates_are_asked_for_at_every_gateway(ray_cluster: None, tmp_path
             assert await part == 2
             await running
             assert accepted(there) == [(1, "alice"), (2, "alice")]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_limits_are_kept_at_every_gateway(ray_cluster: None, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        front = Front("127.0.0.1:0", limits=Limits(sessions=1))
+        async with doors(tmp_path, 2, front) as there, stub(there.ports[1]) as further:
+            await enrol(further, "a")
+            with pytest.raises(grpc.aio.AioRpcError, match="the server has 1 sessions already"):
+                await enrol(further, "b")
 
     asyncio.run(scenario())
 

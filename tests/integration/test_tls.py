@@ -445,6 +445,64 @@ def test_the_slow_are_cut_off_and_an_honest_client_goes_on() -> None:
     asyncio.run(scenario())
 
 
+def test_an_address_has_so_many_calls_that_do_not_say_whose_they_are() -> None:
+    async def scenario() -> None:
+        limits = Limits(message_timeout=20.0, arriving_per_address=3)
+        async with (
+            door(limits=limits) as (recorder, listening),
+            client(listening) as stub,
+            open_channel(f"127.0.0.1:{listening.port}", None) as channel,
+            from_another_address(listening) as elsewhere,
+        ):
+            session = (await enrol(stub, "early")).session
+            rounds = [stub.Rounds(pb.RoundsRequest(session=session)) for _ in range(5)]
+            await until(lambda: recorder.listening == 5)  # they have said it, and do not count
+
+            async def silence() -> AsyncIterator[bytes]:
+                await asyncio.sleep(60)
+                yield b""
+
+            methods = ("Enrol", "Submit", "Model")
+            silent = [channel.stream_unary(f"/{SERVICE}/{method}")(silence()) for method in methods]
+            answers: list[tuple[StatusCode, str]] = []
+            while not answers:
+                try:
+                    await enrol(stub, "late")
+                except grpc.aio.AioRpcError as error:
+                    answers.append((error.code(), error.details() or ""))
+            code, why = answers[0]
+            assert code == StatusCode.RESOURCE_EXHAUSTED
+            assert why.startswith("ipv4:127.0.0.1 has 3 calls that have not said whose they are")
+            assert (await enrol(elsewhere, "elsewhere")).session
+            silent[0].cancel()
+            await accepted(stub, session)
+            for call in (*silent, *rounds):
+                call.cancel()
+
+    asyncio.run(scenario())
+
+
+@contextlib.asynccontextmanager
+async def from_another_address(listening: Listening) -> AsyncIterator[FederationStub]:
+    """A client that the server sees at 127.0.0.2."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = ("127.0.0.1", listening.port)
+        answers, requests = await asyncio.open_connection(*there, local_addr=("127.0.0.2", 0))
+        await asyncio.gather(carry(reader, requests), carry(answers, writer))
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with open_channel(f"127.0.0.1:{port}", None) as channel:
+            yield FederationStub(channel)
+
+
 def test_who_does_not_take_the_model_does_not_keep_it_in_memory() -> None:
     async def scenario() -> None:
         limits = Limits(message_timeout=0.4, calls_per_client=2)

@@ -274,7 +274,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         hints, help_texts = typing.get_type_hints(cls), _attribute_docs(cls)
         for field in dataclasses.fields(cls):
-            if field.name == "task":
+            if field.name in ("task", "limits"):  # tables of the file
                 continue
             group.add_argument(
                 f"--{field.name.replace('_', '-')}",
@@ -394,7 +394,8 @@ def _simulate(options: argparse.Namespace) -> int:
 
     from fedrobust_server.runs import RunFolder
 
-    return _run_federation(options, config, RunFolder.create(options.runs_dir, config), run)
+    with RunFolder.begun(options.runs_dir, config) as folder:
+        return _run_federation(options, config, folder, run)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -403,28 +404,28 @@ def _serve(options: argparse.Namespace) -> int:
     from fedrobust_server.outpost import Front
     from fedrobust_server.runs import RunFolder
 
-    from fedrobust.data import load
-
     if options.resume:
         if given := [key for key, value in vars(options).items() if ":" in key and value is not None]:
             flag = given[0].partition(":")[2].replace("_", "-")
             raise InputError(f"--resume goes on with the run as it was configured; leave --{flag} out")
-        folder, config = RunFolder.open(options.resume)
-        security = _security(options, config.run)
+        old, config = RunFolder.open(options.resume)
     else:
-        config = _run_config(options)
-        security = _security(options, config.run)
-        load(config.task.dataset, options.data_dir)  # before anything is left on disk
-        folder = RunFolder.create(options.runs_dir, config)
+        old, config = None, _run_config(options)
+    security = _security(options, config.run)
 
     async def run(federation: Federation) -> None:
-        several = config.gateways > 1
+        folder, several = federation.folder, config.gateways > 1
         door = await listen(
-            federation.coordinator, options.bind, security, exposed=options.exposed, shared=several
+            federation.coordinator,
+            options.bind,
+            security,
+            config.limits,
+            exposed=options.exposed,
+            shared=several,
         )
         address = f"{options.bind.rpartition(':')[0]}:{door.port}"
         tls = options.tls.resolve() if options.tls else None
-        front = Front(address, tls, _proof(options), config.run, options.exposed)
+        front = Front(address, tls, _proof(options), config.run, options.exposed, config.limits)
         try:
             async with further_gateways(
                 federation.coordinator, folder, front, config.gateways - 1
@@ -445,7 +446,9 @@ def _serve(options: argparse.Namespace) -> int:
         finally:
             await door.stop(grace=2.0)
 
-    return _run_federation(options, config, folder, run)
+    new = RunFolder.begun(options.runs_dir, config)
+    with new if old is None else contextlib.nullcontext(old) as folder:
+        return _run_federation(options, config, folder, run)
 
 
 def _security(options: argparse.Namespace, run: str) -> Security | None:

@@ -33,9 +33,14 @@ SELECT r.round, r.outcome, r.reason, r.verdict, r.selected, r.top_eigenvalue,
        r.bound_kept AS certificate, r.accuracy,
        coalesce(a.accepted, 0) AS accepted, coalesce(a.refused, 0) AS refused
 FROM rounds r LEFT JOIN (
-    SELECT round, sum(status = 'ACCEPTED') AS accepted, sum(status <> 'ACCEPTED') AS refused
+    SELECT round, sum(status = 'ACCEPTED') AS accepted, sum({times} * (status <> 'ACCEPTED')) AS refused
     FROM answers GROUP BY round
 ) a ON a.round = r.round ORDER BY r.round
+"""
+
+_CLIENTS = """
+SELECT client, sum(status = 'ACCEPTED') AS accepted, sum({times} * (status <> 'ACCEPTED')) AS refused
+FROM answers GROUP BY client
 """
 
 
@@ -93,10 +98,16 @@ def has_quarantine(db: sqlite3.Connection) -> bool:
     return _has(db, "suspicion") and _has(db, "overrides")
 
 
+def times(db: sqlite3.Connection) -> str:
+    """How many submissions a row of answers stands for, in SQL: before version 3, one."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    return "times" if version >= 3 else "1"
+
+
 def rounds(db: sqlite3.Connection) -> list[dict[str, Any]]:
     """A row for every round: its outcome, counts of clients and answers, and figures."""
     found = []
-    for row in map(dict, db.execute(_ROUNDS)):
+    for row in map(dict, db.execute(_ROUNDS.format(times=times(db)))):
         asked = len(json.loads(row.pop("selected")))
         found.append({**row, "outcome": row["outcome"] or "open", "asked": asked})
     return found
@@ -113,13 +124,7 @@ def events(db: sqlite3.Connection) -> list[dict[str, Any]]:
 
 def clients(db: sqlite3.Connection) -> list[dict[str, Any]]:
     """A row for every client that was ever asked or answered, the most suspicious first."""
-    counts = {
-        row["client"]: dict(row)
-        for row in db.execute(
-            "SELECT client, sum(status = 'ACCEPTED') AS accepted, sum(status <> 'ACCEPTED') AS refused"
-            " FROM answers GROUP BY client"
-        )
-    }
+    counts = {row["client"]: dict(row) for row in db.execute(_CLIENTS.format(times=times(db)))}
     judged = {row["client"]: row for row in suspicion.latest(db)} if has_quarantine(db) else {}
     nothing = {"suspicion": 0.0, "state": "free", "until": 0, "strikes": 0}
     found = [
@@ -167,7 +172,9 @@ def verify(db: sqlite3.Connection) -> Checked:
         problems.append(f"round {number}: accepted answers for a round that never began")
     for row in everything:
         problems += _round_problems(row, answers.get(row["round"], []))
-    (refused,) = db.execute("SELECT count(*) FROM answers WHERE status <> 'ACCEPTED'").fetchone()
+    (refused,) = db.execute(
+        f"SELECT coalesce(sum({times(db)}), 0) FROM answers WHERE status <> 'ACCEPTED'"  # noqa: S608
+    ).fetchone()
     (weighted,) = db.execute(
         "SELECT count(*) FROM answers WHERE status <> 'ACCEPTED' AND weight IS NOT NULL"
     ).fetchone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fedrobust import InputError, parse_rule
 from fedrobust.attacks import parse_attack
 from fedrobust.text import Textual, choose
 from fedrobust.training import Task
+from fedrobust_server.limits import Limits
 from fedrobust_server.quarantine import WATCH, parse_policy
 
 
@@ -25,6 +27,7 @@ class RunConfig(Textual):
     Attributes:
         run: the name of the run, and of its folder.
         task: what is trained, by how many clients, and how.
+        limits: what callers may take of the server.
         rule: how updates are combined, as text.
         eps: the malicious fraction assumed where the rule does not name one, in [0, 0.5).
         rounds: how many rounds.
@@ -53,6 +56,7 @@ class RunConfig(Textual):
 
     run: str = "run"
     task: Task = field(default_factory=Task)
+    limits: Limits = field(default_factory=Limits)
     rule: str = "filter"
     eps: float = 0.2
     rounds: int = 30
@@ -136,16 +140,22 @@ class RunConfig(Textual):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Build from plain values, the task as a nested dict. Raises as `from_toml`."""
-        values = dict(values)
-        task = values.pop("task", {})
-        if not isinstance(task, dict):
-            raise InputError(f"[task] must be a table, got {task!r}")
+        """Build from plain values, task and limits as nested dicts. Raises as `from_toml`."""
         for key in values:
             choose(key, _keys(cls), "configuration key")
-        for key in task:
-            choose(key, _keys(Task), "key of [task]")
-        return cls(task=Task(**task), **values)
+        tables = {name: _table(kind, name, values.get(name, {})) for name, kind in _TABLES.items()}
+        return cls(**{**values, **tables})
+
+
+_TABLES: Mapping[str, type[Textual]] = {"task": Task, "limits": Limits}
+
+
+def _table(kind: type[Textual], name: str, values: object) -> Any:  # noqa: ANN401 (a `kind`)
+    if not isinstance(values, dict):
+        raise InputError(f"[{name}] must be a table, got {values!r}")
+    for key in values:
+        choose(key, _keys(kind), f"key of [{name}]")
+    return kind(**values)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -375,7 +375,11 @@ class Coordinator(Reception):
         if place.gateway and fault is None and not late and current.spool is not None:
             # Shards that cannot see the spool are passed on what comes in here, chunk by chunk. Another
             # process need not know them: its updates are read from the spool, which we share.
-            await asyncio.to_thread(self._shards.send, current.spool, place.slot)
+            try:
+                await asyncio.to_thread(self._shards.send, current.spool, place.slot)
+            except OSError as error:  # the place must not stay taken; the update is still in it
+                reason = f"the server cannot read updates: {error.strerror or error}; try again"
+                fault = Fault(Status.STATUS_UNAVAILABLE, reason)
         storing = current.places.get(client)
         if storing is not None and storing.ticket == place.ticket:
             del current.places[client]

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -40,6 +40,9 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         """
         self._ours, self._limits = f"/{service}/", limits
         self._strangers = Slots("health or reflection calls", limits.strangers, limits.strangers)
+        self._arriving = Slots(
+            "calls that have not said whose they are", limits.calls, limits.arriving_per_address
+        )
 
     async def intercept_service(
         self,
@@ -54,12 +57,12 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         serve = _behaviour(handler)
 
         async def one(messages: AsyncIterator[Any], context: Context) -> Any:  # noqa: ANN401 (any message)
-            async with self._attended(context, stranger=stranger):
-                return await serve(await self._request(handler, messages), context)
+            async with self._attended(context, stranger=stranger) as named:
+                return await serve(await self._request(handler, messages, named), context)
 
         async def many(messages: AsyncIterator[Any], context: Context) -> None:
-            async with self._attended(context, stranger=stranger):
-                answers = serve(await self._request(handler, messages), context)
+            async with self._attended(context, stranger=stranger) as named:
+                answers = serve(await self._request(handler, messages, named), context)
                 if inspect.isawaitable(answers):  # it writes to the context by itself
                     await answers
                     return
@@ -79,11 +82,14 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         )
         return wrapped
 
-    async def _request(self, handler: Handler, messages: AsyncIterator[Any]) -> Any:  # noqa: ANN401
-        """What a handler is called with: a stream, or its one message."""
+    async def _request(
+        self, handler: Handler, messages: AsyncIterator[Any], named: Callable[[], None]
+    ) -> Any:  # noqa: ANN401
+        """What a handler is called with: a stream, or its one message; `named` once that has come."""
         if handler.request_streaming:
-            return prompt(messages, self._limits)
+            return _announced(prompt(messages, self._limits), named)
         weighed = await due(messages, self._limits.message_timeout)
+        named()
         if weighed is None:
             raise MalformedError("the call ended without its message")
         return weighed[0]
@@ -98,12 +104,17 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             ) from None
 
     @contextlib.asynccontextmanager
-    async def _attended(self, context: Context, *, stranger: bool) -> AsyncIterator[None]:
-        """Tell the caller why it is refused; keep to ourselves what has broken on our side."""
+    async def _attended(self, context: Context, *, stranger: bool) -> AsyncIterator[Callable[[], None]]:
+        """Tell the caller why it is refused; keep to ourselves what has broken on our side.
+
+        Gives what is to be called when the call has said whose it is.
+        """
         try:
             if stranger:
                 take(self._strangers, "the server", context)
-            yield
+            with contextlib.ExitStack() as arriving:
+                arriving.callback(self._arriving.take(_address(context.peer())))
+                yield arriving.close
         except RefusedError as error:
             await context.abort(error.code, str(error))
         except DeniedError as error:
@@ -128,6 +139,21 @@ def take(slots: Slots, holder: str, context: Context) -> None:
     release = slots.take(holder)
     # The stubs ask for an instance of a class that exists in them alone.
     context.add_done_callback(lambda _: release())  # type: ignore[arg-type]
+
+
+async def _announced(
+    messages: AsyncGenerator[Any, None], named: Callable[[], None]
+) -> AsyncGenerator[Any, None]:
+    """A stream that says so when its first message has come."""
+    async with contextlib.aclosing(messages):
+        async for message in messages:
+            named()
+            yield message
+
+
+def _address(peer: str) -> str:
+    """The address of a peer, as gRPC names it, without the port."""
+    return peer.rpartition(":")[0]
 
 
 def _weighed(read: Callable[[bytes], Any] | None, data: bytes) -> tuple[Any, int]:

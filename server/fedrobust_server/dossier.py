@@ -12,12 +12,12 @@ from typing import Any
 
 from fedrobust import InputError
 from fedrobust_server import suspicion
-from fedrobust_server.audit import has_quarantine, require_client
+from fedrobust_server.audit import has_quarantine, require_client, times
 
 _OUT = ("excluded", "banned")
 _ANSWERS = """
 SELECT a.round, r.outcome, r.verdict, a.at, a.status, a.reason, a.digest, a.norm, a.examples,
-       a.weight, 1.0 / n.accepted AS equal_share, a.score
+       {times} AS times, a.weight, 1.0 / n.accepted AS equal_share, a.score
 FROM answers a LEFT JOIN rounds r ON r.round = a.round
 LEFT JOIN (SELECT round, count(*) AS accepted FROM answers WHERE status = 'ACCEPTED' GROUP BY round) n
     ON n.round = a.round AND a.status = 'ACCEPTED'
@@ -30,7 +30,8 @@ def dossier(db: sqlite3.Connection, client: str) -> dict[str, Any]:
 
     Returns:
         `client`; `asked`, in how many rounds; `state`, `suspicion`, `until`, `strikes` as they are now;
-        `why` in words; `answers`, every submission with the round's verdict and the suspicion after it;
+        `why` in words; `answers`, its submissions with the round's verdict and the suspicion after it
+        (where `times` is above 1, the last of so many refusals of a kind);
         `changes`, rows of suspicion without a submission; `decisions` of operators.
 
     Raises:
@@ -47,7 +48,7 @@ def dossier(db: sqlite3.Connection, client: str) -> dict[str, Any]:
             **dict(row),
             **{k: by_round.get(row["round"], {}).get(k) for k in ("evidence", "suspicion", "state")},
         }
-        for row in db.execute(_ANSWERS, (client,))
+        for row in db.execute(_ANSWERS.format(times=times(db)), (client,))
     ]
     answered = {row["round"] for row in answers}
     last = judged[-1] if judged else {"state": "free", "suspicion": 0.0, "until": 0, "strikes": 0}

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from fedrobust import InputError
+
+T = TypeVar("T")
+
+LOG = logging.getLogger(__name__)
 
 
 def make_folder(path: Path, *, exist_ok: bool = False) -> None:
@@ -66,6 +73,51 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+class Watched(Generic[T]):
+    """What some files hold, read again whenever one of them has changed.
+
+    Files that become unreadable, or do not fit each other, are reported in the log, and what was read
+    last stays in force: a slip of the editor must neither let anyone in nor stop the federation.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[], T], otherwise: str) -> None:
+        """Read the files.
+
+        Args:
+            paths: of all of them.
+            read: gives what they hold, or raises an `InputError`.
+            otherwise: what the log says is the case while they cannot be read.
+
+        Raises:
+            InputError: as `read`.
+        """
+        self._paths, self._read, self._otherwise = paths, read, otherwise
+        self._stamps = self._now()
+        self._value = read()
+
+    def value(self) -> T:
+        """What they hold by now; from any thread."""
+        stamps = self._now()
+        if stamps != self._stamps:
+            self._stamps = stamps
+            try:
+                self._value = self._read()
+            except InputError as error:
+                LOG.error("%s: %s", self._otherwise, error)  # noqa: TRY400
+        return self._value
+
+    def _now(self) -> Sequence[tuple[int, int, int] | None]:
+        return [_stamp(path) for path in self._paths]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _exists(path: Path) -> str:

@@ -186,7 +186,7 @@ def federation(
         if standing is not None and standing.state:
             state = folder.load_state(standing.state_round, standing.state, len(first))
         if standing is not None and not standing.closed:
-            folder.check_spool(standing, len(first))
+            folder.check_spool(standing, len(first), shared=config.gateways > 1)
         with start_ray(ray_address):
             _start(shards, state)
             coordinator = Coordinator(

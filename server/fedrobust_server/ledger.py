@@ -16,7 +16,10 @@ from fedrobust import InputError
 from fedrobust_server import suspicion
 from fedrobust_server.quarantine import Changed, Policy, State, observe
 
-VERSION = 2
+VERSION = 3
+
+_SINGLY = 3
+"""Refusals of one kind of one client in one round that are kept one by one; the others share a row."""
 
 _SCHEMA = """
 CREATE TABLE rounds (
@@ -50,7 +53,8 @@ CREATE TABLE answers (
     norm REAL,
     examples INTEGER,           -- as the client claimed it
     weight REAL,
-    score REAL
+    score REAL,
+    times INTEGER NOT NULL DEFAULT 1    -- submissions that it stands for; the last of them is shown
 );
 CREATE INDEX answers_by_round ON answers (round, client);
 CREATE TABLE events (
@@ -101,7 +105,10 @@ class Standing:
 
 
 class Ledger:
-    """An append-only record of a run; one writer.
+    """The record of a run, of which nothing is taken back; one writer.
+
+    A client can be refused as often as it likes, and must not fill the disk by it: of each round and
+    status a few of its refusals are kept as they are, and the others counted in one row.
 
     What a method was told survives the death of the process once it has returned, and a loss of power
     as well where `sync` was asked for.
@@ -121,6 +128,7 @@ class Ledger:
             raise InputError(f"{path} is not a ledger: {error}") from None
         if not empty and version != VERSION:
             raise InputError(f"{path} is a ledger of version {version}; this program needs {VERSION}")
+        self._refused: dict[tuple[str, str], list[int]] = {}  # their rows, since the last round began
         self._db.row_factory = sqlite3.Row
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute(f"PRAGMA synchronous = {'FULL' if sync else 'NORMAL'}")
@@ -136,24 +144,27 @@ class Ledger:
                 "INSERT INTO rounds (round, opened, selected) VALUES (?, ?, ?)",
                 (number, time.time(), json.dumps(list(selected))),
             )
+        self._refused.clear()
 
     def answer(self, answer: Answer) -> None:
         """A client submitted something."""
+        values = {**vars(answer), "at": time.time()}
+        rows: list[int] = []
+        if answer.status != "ACCEPTED":
+            rows = self._refused.setdefault((answer.client, answer.status), rows)
+        if len(rows) > _SINGLY:
+            last = ", ".join(f"{column} = :{column}" for column in values)
+            with self._db:
+                self._db.execute(
+                    f"UPDATE answers SET {last}, times = times + 1 WHERE id = :id",  # noqa: S608
+                    {**values, "id": rows[-1]},
+                )
+            return
+        names, places = ", ".join(values), ", ".join(f":{column}" for column in values)
+        insert = f"INSERT INTO answers ({names}) VALUES ({places})"  # noqa: S608
         with self._db:
-            self._db.execute(
-                "INSERT INTO answers (round, client, at, status, reason, digest, norm, examples)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    answer.round,
-                    answer.client,
-                    time.time(),
-                    answer.status,
-                    answer.reason,
-                    answer.digest,
-                    answer.norm,
-                    answer.examples,
-                ),
-            )
+            made = self._db.execute(insert, values)
+        rows.append(made.lastrowid or 0)
 
     def collect(self, number: int) -> None:
         """A round closes to further updates."""

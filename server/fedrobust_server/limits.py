@@ -6,17 +6,19 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
-from fedrobust import InputError
+from fedrobust.text import Textual
 from fedrobust_server.refusals import ExhaustedError, RefusedError, StalledError
 
 T = TypeVar("T")
 
+_INT32 = 2**31 - 1
 
-@dataclass(frozen=True)
-class Limits:
+
+@dataclass(frozen=True, repr=False)
+class Limits(Textual):
     """What callers may take.
 
     Attributes:
@@ -25,6 +27,8 @@ class Limits:
         connections: open at a time, of all callers.
         streams: concurrent calls on one connection; further ones wait at the caller.
         calls: concurrent calls of all callers together.
+        arriving_per_address: concurrent calls from one address that have not said yet whose they are;
+            all clients behind one address share them, each for a moment a call.
         strangers: concurrent calls of health checks and reflection, which ask for no session.
         sessions: of all clients together; of each client, the coordinator keeps the newest few.
         calls_per_client: concurrent calls with a client's sessions.
@@ -45,11 +49,14 @@ class Limits:
             disconnected.
     """
 
+    name = "limits"
+
     message_bytes: int = (4 << 20) + (64 << 10)
     metadata_bytes: int = 16 << 10
     connections: int = 4096
     streams: int = 128
     calls: int = 16384
+    arriving_per_address: int = 2048
     strangers: int = 64
     sessions: int = 16384
     calls_per_client: int = 8
@@ -66,9 +73,13 @@ class Limits:
     ping_interval: float = 10.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise InputError(f"limits: {name} must be above 0, got {value}")
+        super().__post_init__()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            most = _INT32 if isinstance(field.default, int) else _INT32 // 1000  # gRPC's milliseconds
+            self.require(
+                0 < value <= most, f"{field.name} must be above 0 and at most {most}, got {value}"
+            )
 
     def options(self, *, shared: bool = False) -> list[tuple[str, int]]:
         """Those limits that gRPC itself keeps, as options of its server.

@@ -53,7 +53,17 @@ def described(dossier: Mapping[str, Any]) -> str:
     parts = [
         "\n".join(f"{name:<10} {shown(value)}" for name, value in facts.items() if value is not None)
     ]
-    answers = ("round", "verdict", "status", "weight", "equal_share", "score", "norm", "evidence")
+    answers = (
+        "round",
+        "verdict",
+        "status",
+        "times",
+        "weight",
+        "equal_share",
+        "score",
+        "norm",
+        "evidence",
+    )
     for title, columns in (
         ("answers", (*answers, "suspicion", "state", "reason")),
         ("changes", ("round", "evidence", "suspicion", "state", "until")),

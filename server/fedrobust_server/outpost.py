@@ -13,7 +13,7 @@ import itertools
 import os
 import platform
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fedrobust_proto.v1.federation_pb2 import (
 
 from fedrobust import InputError
 from fedrobust_server.gateway import Listening, listen
+from fedrobust_server.limits import Limits
 from fedrobust_server.reception import LOST, Outcome, Place, Reception, surplus
 from fedrobust_server.security import Security
 from fedrobust_server.spool import Floats
@@ -46,6 +47,7 @@ class Front:
         proof: how clients show who they are.
         federation: the run's name.
         exposed: listen beyond loopback without TLS.
+        limits: on what callers may take of each gateway.
     """
 
     address: str
@@ -53,6 +55,7 @@ class Front:
     proof: str = "certificate"
     federation: str = ""
     exposed: bool = False
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Outpost(Reception):
             if front.tls is not None:
                 security = Security.load(front.tls, front.proof, front.federation)
             self._listening = await listen(
-                self, front.address, security, exposed=front.exposed, shared=True
+                self, front.address, security, front.limits, exposed=front.exposed, shared=True
             )
         except InputError as error:  # told in words: as an exception it would carry a traceback
             return Opened(opened.node, opened.process, complaint=str(error))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+from functools import partial
 from pathlib import Path
 
 from fedrobust import InputError
 from fedrobust.text import printable
-from fedrobust_server.files import read_bytes
+from fedrobust_server.files import Watched, read_bytes
 from fedrobust_server.names import check_name, is_serial
-
-LOG = logging.getLogger(__name__)
 
 
 def read_revoked(path: Path) -> frozenset[str]:
@@ -35,11 +33,7 @@ def read_revoked(path: Path) -> frozenset[str]:
 
 
 class Revoked:
-    """A revocation list that is read again whenever its file has changed.
-
-    A list that becomes unreadable is reported in the log, and the last readable one stays in force:
-    a slip of the editor must neither let anyone back in nor stop the federation.
-    """
+    """A revocation list that is read again whenever its file has changed."""
 
     def __init__(self, path: Path) -> None:
         """Read the list.
@@ -47,25 +41,8 @@ class Revoked:
         Raises:
             InputError: as `read_revoked`.
         """
-        self._path = path
-        self._stamp = _stamp(path)
-        self._entries = read_revoked(path)
+        self._list = Watched([path], partial(read_revoked, path), "the list as it was stays in force")
 
     def any(self, *entries: str) -> bool:
         """Whether any of these names and serial numbers is shut out by now."""
-        stamp = _stamp(self._path)
-        if stamp != self._stamp:
-            self._stamp = stamp
-            try:
-                self._entries = read_revoked(self._path)
-            except InputError as error:
-                LOG.error("the list as it was stays in force: %s", error)  # noqa: TRY400
-        return not self._entries.isdisjoint(entries)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+        return not self._list.value().isdisjoint(entries)

@@ -6,7 +6,10 @@ state/round-000011.f32      the model, and the optimiser's velocity where there 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +55,26 @@ class RunFolder:
         return cls(path)
 
     @classmethod
+    @contextlib.contextmanager
+    def begun(cls, parent: Path, config: RunConfig) -> Iterator[RunFolder]:
+        """The folder of a new run; it goes again if the run is refused before its first round.
+
+        What is refused is corrected and tried again, under the same name.
+
+        Raises:
+            InputError: as `create`.
+        """
+        folder = cls.create(parent, config)
+        try:
+            yield folder
+        except InputError:
+            with contextlib.closing(folder.ledger()) as ledger:
+                began = bool(ledger.rounds())
+            if not began:
+                shutil.rmtree(folder.path)
+            raise
+
+    @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, RunConfig]:
         """Find a run that there is, and its configuration.
 
@@ -76,8 +99,14 @@ class RunFolder:
                 other.unlink()
         return Spool.open(path, slots, size)
 
-    def check_spool(self, standing: Standing, size: int) -> None:
+    def check_spool(self, standing: Standing, size: int, *, shared: bool = False) -> None:
         """Make sure that every acknowledged update of an open round is there as it was acknowledged.
+
+        Args:
+            standing: of the round.
+            size: d, coordinates of an update.
+            shared: gateways of the server that is gone may still be there for a moment, and write. The
+                acknowledged updates go to another file under the same name, which those do not know.
 
         Raises:
             InputError: one is missing or damaged.
@@ -88,19 +117,28 @@ class RunFolder:
                 f"cannot resume: {path}, with {len(standing.accepted)} updates, is not there"
             )
         spool = Spool.open(path, len(standing.selected), size)
+        fresh = Spool.open(_unfinished(path), len(standing.selected), size) if shared else None
         for client, (digest, _) in standing.accepted.items():
-            row = spool.read(standing.selected.index(client), 0, size)
+            slot = standing.selected.index(client)
+            row = spool.read(slot, 0, size)
             # In the dtype that it came in, which brought it here without a change.
             if all(vectors.digest(vectors.pack(row, d)).hex() != digest for d in vectors.DTYPES):
                 raise InputError(
                     f"cannot resume: {path} does not hold the acknowledged update of {client}; put a "
                     "copy of the file back, or start a new run from a checkpoint"
                 )
+            if fresh is not None:
+                fresh.write(slot, 0, row)
         spool.close()
+        if fresh is not None:
+            fresh.close()
+            _finish(path)
 
     def state(self, number: int, vectors: int, size: int) -> Spool:
         """Room for what a round leads to: the model, and the velocity if it is of use."""
-        return Spool.open(_unfinished(self._state(number)), vectors, size)
+        path = _unfinished(self._state(number))
+        path.unlink(missing_ok=True)  # shards that were given up may still write into it
+        return Spool.open(path, vectors, size)
 
     def keep_state(self, number: int) -> str:
         """Keep what a round led to; returns its digest. Only the state before is kept too."""

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from fedrobust import InputError
 from fedrobust.text import choose
 from fedrobust_server import tokens
-from fedrobust_server.files import read_bytes
+from fedrobust_server.files import Watched, read_bytes
 from fedrobust_server.keys import CLIENT_URI, read_certificate
 from fedrobust_server.names import check_name, serial_text
 from fedrobust_server.refusals import ForbiddenError, UnauthenticatedError
@@ -57,18 +58,15 @@ class Security:
     Attributes:
         proof: how clients show who they are, one of `PROOFS`.
         federation: the run's name; a token for another one is refused.
-        certificate: the server's, PEM.
-        key: the server's private key, PEM.
-        authority: certificates of clients are signed by it, PEM.
+        pair: the server's certificate and key, and the authority by which clients' certificates are
+            signed, as gRPC takes them.
         tokens_key: tokens are signed with its private half.
         revoked: who is shut out.
     """
 
     proof: str
     federation: str
-    certificate: bytes = field(repr=False)
-    key: bytes = field(repr=False)
-    authority: bytes = field(repr=False)
+    pair: Watched[grpc.ServerCertificateConfiguration] = field(repr=False)
     tokens_key: Ed25519PublicKey = field(repr=False)
     revoked: Revoked = field(repr=False)
 
@@ -80,25 +78,33 @@ class Security:
             InputError: a file is missing or not what it should be, or the certificate has expired.
         """
         choose(proof, PROOFS, "proof of identity")
-        _check_pair(folder)
         return cls(
             proof=proof,
             federation=federation,
-            certificate=read_bytes(folder / "certificate.pem"),
-            key=read_bytes(folder / "key.pem"),
-            authority=read_certificate(folder / "authority.pem").public_bytes(Encoding.PEM),
+            pair=Watched(
+                [folder / name for name in ("certificate.pem", "key.pem", "authority.pem")],
+                partial(_read_pair, folder, mutual=proof == "certificate"),
+                "the certificate as it was stays in use",
+            ),
             tokens_key=_tokens_key(folder / "tokens.pub"),
             revoked=Revoked(folder / "revoked"),
         )
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For the port to listen on; where certificates are asked for, nobody gets in without."""
+        """For the port to listen on; where certificates are asked for, nobody gets in without.
+
+        Every handshake is by the files as they are then.
+        """
+        shown = self.pair.value()
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal shown
+            before, shown = shown, self.pair.value()
+            return None if shown is before else shown  # each new one costs gRPC a new context
+
         mutual = self.proof == "certificate"
-        return grpc.ssl_server_credentials(
-            [(self.key, self.certificate)],
-            root_certificates=self.authority if mutual else None,
-            require_client_auth=mutual,
-        )
+        # The stubs do not know that None means no change.
+        return grpc.dynamic_ssl_server_credentials(shown, renewed, mutual)  # type: ignore[arg-type]
 
     def identify(self, connection: Connection, token: bytes) -> Identity:
         """Who enrols.
@@ -159,8 +165,8 @@ class Security:
             raise ForbiddenError(f"the certificate of {identity.name} has expired")
 
 
-def _check_pair(folder: Path) -> None:
-    """Say what is wrong with a server's certificate and key, which gRPC would not."""
+def _read_pair(folder: Path, *, mutual: bool) -> grpc.ServerCertificateConfiguration:
+    """Read a server's certificate and key, and say what is wrong with them, which gRPC would not."""
     path = folder / "certificate.pem"
     certificate = read_certificate(path)
     expires = certificate.not_valid_after_utc
@@ -173,6 +179,11 @@ def _check_pair(folder: Path) -> None:
         raise InputError(f"{folder / 'key.pem'} does not hold a private key in PEM form") from None
     if key.public_key() != certificate.public_key():
         raise InputError(f"{folder / 'key.pem'} is not the key of {path}")
+    authority = read_certificate(folder / "authority.pem").public_bytes(Encoding.PEM)
+    # The file rather than the certificate: it may go on with those that link it to the authority.
+    return grpc.ssl_server_certificate_configuration(
+        [(data, read_bytes(path))], root_certificates=authority if mutual else None
+    )
 
 
 def _tokens_key(path: Path) -> Ed25519PublicKey:

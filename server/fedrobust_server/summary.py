@@ -40,7 +40,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "rounds_aggregated": len(aggregated),
         "rounds_skipped": len(rounds) - len(aggregated),
         "updates_accepted": sum(a["status"] == "ACCEPTED" for a in answers),
-        "updates_refused": sum(a["status"] != "ACCEPTED" for a in answers),
+        "updates_refused": sum(a["times"] for a in answers if a["status"] != "ACCEPTED"),
         "malicious_clients": config.malicious,
         "malicious_weight": sum(w or 0.0 for w in weights) if rogues and weighted else None,
         "verdict": last.get("verdict"),

@@ -69,8 +69,10 @@ def span(finished: Rows) -> str:
 
 def round_table(rounds: Rows, answers: Rows, grid: Grid) -> tuple[list[dict[str, Any] | None], int]:
     """Rows of the table of rounds, with a None where rounds are left out; and how many are."""
-    accepted = Counter(answer["round"] for answer in answers if answer["status"] == "ACCEPTED")
-    everything = Counter(answer["round"] for answer in answers)
+    accepted, refused = Counter[int](), Counter[int]()
+    for answer in answers:
+        counts = accepted if answer["status"] == "ACCEPTED" else refused
+        counts[answer["round"]] += answer["times"]
     malicious = _malicious_weights(grid)
     table: list[dict[str, Any] | None] = [
         {
@@ -79,7 +81,7 @@ def round_table(rounds: Rows, answers: Rows, grid: Grid) -> tuple[list[dict[str,
             "reason": row["reason"] or "",
             "verdict": row["verdict"] or _NONE,
             "accepted": accepted[row["round"]],
-            "refused": everything[row["round"]] - accepted[row["round"]],
+            "refused": refused[row["round"]],
             "accuracy": _share(row["accuracy"]),
             "malicious": _share(malicious.get(row["round"])),
         }
@@ -97,19 +99,23 @@ def refusal_table(answers: Rows, malicious: AbstractSet[str]) -> tuple[list[dict
     for answer in answers:
         if answer["status"] != "ACCEPTED":
             groups[answer["client"], answer["status"]].append(answer)
-    ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    ranked = sorted(groups.items(), key=lambda item: (-_times(item[1]), item[0]))
     table = [
         {
             "client": _short(client, 80),
             "malicious": client in malicious,
             "status": status.replace("_", " ").lower(),
-            "times": len(group),
+            "times": _times(group),
             "rounds": _range([answer["round"] for answer in group]),
             "reason": _short(group[-1]["reason"], 300),
         }
         for (client, status), group in ranked[:_REFUSALS]
     ]
     return table, max(len(ranked) - _REFUSALS, 0)
+
+
+def _times(answers: Rows) -> int:
+    return sum(answer["times"] for answer in answers)
 
 
 def compared(config: RunConfig, summary: Mapping[str, Any], finished: Rows) -> dict[str, Any]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
 
 import pytest
+from fedrobust_server.config import RunConfig
+from fedrobust_server.runs import RunFolder
 
+from fedrobust import InputError
 from fedrobust.cli import main
 
 BAD = {
@@ -80,6 +85,40 @@ def test_bad_configuration(
     assert error.count("\n") == 1
     for part in parts:
         assert part in error
+
+
+@pytest.mark.parametrize("command", ["serve", "simulate"])
+def test_what_is_refused_late_leaves_its_name_free(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    new = (command, "--runs-dir", str(tmp_path), "--run", "first")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for refused in (
+            ("--ray-address", f"127.0.0.1:{port}x"),
+            ("--log-level", "loud"),
+            ("--metrics", port),
+            ("--dataset", "mnist", "--data-dir", str(tmp_path)),
+        ):
+            for _ in range(2):
+                assert main([*new, *refused]) == 2
+                output = capsys.readouterr()
+                assert (output.out, output.err.count("\n")) == ("", 1)
+                assert "exists already" not in output.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_refused_stays_once_a_round_has_begun(tmp_path: Path) -> None:
+    def begin() -> None:
+        with RunFolder.begun(tmp_path, RunConfig(run="first")) as folder:
+            with contextlib.closing(folder.ledger()) as ledger:
+                ledger.open_round(1, ["a"])
+            raise InputError("too late")
+
+    for complaint in ("too late", "exists already"):
+        with pytest.raises(InputError, match=complaint):
+            begin()
+    assert (tmp_path / "first" / "ledger.sqlite").exists()
 
 
 def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from fedrobust_server.gateway import listen
 from fedrobust_server.gateways import Gateways, further_gateways
 from fedrobust_server.keys import Authority
 from fedrobust_server.launch import Federation, federation
+from fedrobust_server.limits import Limits
 from fedrobust_server.outpost import Front, Token
 from fedrobust_server.runs import RunFolder
 from fedrobust_server.security import Security
@@ -224,6 +226,36 @@ def test_an_update_is_taken_in_by_one_connection_at_a_time(ray_cluster: None, tm
     asyncio.run(scenario())
 
 
+def test_an_update_that_cannot_be_read_back_costs_no_turn_and_is_not_sent_again(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with (
+            doors(tmp_path, 2, clients=1, rounds=1, rule="mean") as there,
+            stub(there.ports[1]) as further,
+        ):
+            running = asyncio.ensure_future(there.coordinator.run())
+            session, offers = await enrol(further, "c")
+            assert (await anext(offers)).round == 1
+            start = there.coordinator._model.copy()
+
+            def broken(*_: Any) -> None:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            with monkeypatch.context() as disk:
+                disk.setattr(there.coordinator._shards, "send", broken)
+                assert await submit(further, requests(session, 1, GOOD)) == "UNAVAILABLE"
+            assert not there.coordinator._round.places
+            (answer,) = there.coordinator._ledger.answers()
+            assert "cannot read updates: Input/output error" in answer["reason"]
+            head = header(session, 1, GOOD, offset=len(BYTES))
+            assert await progress(further, session, head) == len(BYTES)
+            assert await submit(further, [head]) == "ACCEPTED"
+            np.testing.assert_allclose(await running - start, GOOD, rtol=1e-5)
+
+    asyncio.run(scenario())
+
+
 # ---- nobody harms the others ------------------------------------------------------------------------
 
 
@@ -282,6 +314,18 @@ def test_certificates_are_asked_for_at_every_gateway(ray_cluster: None, tmp_path
             assert await part == 2
             await running
             assert accepted(there) == [(1, "alice"), (2, "alice")]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_limits_are_kept_at_every_gateway(ray_cluster: None, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        front = Front("127.0.0.1:0", limits=Limits(sessions=1))
+        async with doors(tmp_path, 2, front) as there, stub(there.ports[1]) as further:
+            await enrol(further, "a")
+            with pytest.raises(grpc.aio.AioRpcError, match="the server has 1 sessions already"):
+                await enrol(further, "b")
 
     asyncio.run(scenario())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -17,6 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fedrobust_proto.v1 import federation_pb2 as pb
+from fedrobust_proto.v1 import vectors
+from fedrobust_server.config import RunConfig
+from fedrobust_server.ledger import Answer
+from fedrobust_server.round import KEEPS_TURN
+from fedrobust_server.runs import RunFolder
 
 from fedrobust.cli import main
 
@@ -152,6 +159,57 @@ def test_servers_killed_at_random_moments(tmp_path: Path, uninterrupted: Path, s
     rng = random.Random(seed)
     counts = sorted(rng.randrange(CLIENTS * ROUNDS) for _ in range(4))
     run_through(tmp_path, [(count, rng.expovariate(20.0)) for count in counts])
+    same_model(tmp_path, uninterrupted)
+
+
+def test_whoever_still_has_the_file_of_an_open_round_cannot_write_into_the_resumed_one(
+    tmp_path: Path,
+) -> None:
+    size = 1000
+    rows_of = {name: np.full(size, value, np.float32) for name, value in (("a", 1), ("c", 3))}
+    folder = RunFolder.create(tmp_path, RunConfig(run="kept", gateways=2))
+    with contextlib.closing(folder.ledger()) as ledger:
+        ledger.open_round(1, ["a", "b", "c"])
+        spool = folder.spool(1, 3, size)
+        for slot, name in ((0, "a"), (2, "c")):
+            spool.write(slot, 0, rows_of[name])
+            digest = vectors.digest(vectors.pack(rows_of[name], pb.DTYPE_FLOAT32)).hex()
+            ledger.answer(Answer(1, name, "ACCEPTED", "", digest, 1.0))
+        standing = ledger.standing(KEEPS_TURN)
+    assert standing is not None
+    folder.check_spool(standing, size, shared=True)
+    for slot in range(3):  # the gateway that has outlived its server
+        spool.write(slot, 0, np.full(size, np.nan, np.float32))
+    found = folder.spool(1, 3, size)
+    np.testing.assert_array_equal(found.map(), [rows_of["a"], np.zeros(size), rows_of["c"]])
+    assert [path.name for path in (folder.path / "spool").iterdir()] == ["round-000001.rows"]
+
+
+@pytest.mark.slow
+def test_a_gateway_that_outlives_its_server_changes_nothing(tmp_path: Path, uninterrupted: Path) -> None:
+    port = free_port()
+    with clients(port) as running:
+        with process(*serve(tmp_path, port), "--gateways", "2") as server:
+            while acknowledgements(tmp_path) < 2:
+                time.sleep(0.005)
+            server.kill()
+            server.wait()
+        (path,) = (tmp_path / "kept" / "spool").glob("*.rows")
+        ((selected,),) = rows(tmp_path, "SELECT selected FROM rounds ORDER BY round DESC LIMIT 1")
+        done = {name for (name,) in rows(tmp_path, "SELECT client FROM answers WHERE weight IS NULL")}
+        slots = [slot for slot, name in enumerate(json.loads(selected)) if name not in done]
+        size = path.stat().st_size // len(json.loads(selected))
+        assert slots
+        orphan = os.open(path, os.O_RDWR)
+        with process(*serve(tmp_path, port)) as server:
+            while server.poll() is None:
+                for slot in slots:
+                    os.pwrite(orphan, bytes(size), slot * size)
+                time.sleep(0.002)
+            assert server.returncode == 0
+        os.close(orphan)
+        for client in running:
+            client.communicate(timeout=30)
     same_model(tmp_path, uninterrupted)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
@@ -15,6 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from cryptography import x509
 from fedrobust_clients.credentials import Credentials, open_channel
 from fedrobust_proto.v1 import federation_pb2 as pb
 from fedrobust_proto.v1.federation_pb2_grpc import FederationStub
@@ -241,6 +243,78 @@ def test_a_client_with_a_token_takes_part_and_the_token_goes_no_further(authorit
     asyncio.run(scenario())
 
 
+async def shown(listening: Listening, authority: Authority) -> int:
+    """The serial number of the certificate that the server shows to alice, who connects anew."""
+    context = ssl.create_default_context(cafile=authority.folder / "authority.pem")
+    context.load_cert_chain(*(authority.folder / "clients" / "alice" / f"{n}.pem" for n in PAIR))
+    context.set_alpn_protocols(["h2"])
+    _, writer = await asyncio.open_connection("127.0.0.1", listening.port, ssl=context)
+    encoded = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return x509.load_der_x509_certificate(encoded).serial_number
+
+
+PAIR = ("certificate", "key")
+
+
+def test_a_certificate_is_renewed_while_the_server_runs(
+    authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = authority.folder / "server"
+
+    async def scenario() -> None:
+        async with (
+            door(mutual(authority)) as (_, listening),
+            client(listening, certified(authority)) as stub,
+        ):
+            await enrol(stub, "alice")
+            first = await shown(listening, authority)
+            folder.rename(tmp_path / "old")
+            assert await shown(listening, authority) == first  # nothing is there
+            assert authority.server(["localhost", "127.0.0.1"]) == folder
+            second = await shown(listening, authority)
+            assert second != first
+            await enrol(stub, "alice")  # by the connection that there was
+            certificate, key = (folder / f"{name}.pem" for name in PAIR)
+            for damage in (b"", (tmp_path / "old" / "key.pem").read_bytes()):
+                key.write_bytes(damage)
+                assert await shown(listening, authority) == second
+            expired = Authority.create(tmp_path / "past", now=PAST)
+            late = expired.server(["127.0.0.1"], days=1)
+            certificate.write_bytes((late / "certificate.pem").read_bytes())
+            key.write_bytes((late / "key.pem").read_bytes())
+            assert await shown(listening, authority) == second
+            certificate.write_bytes((tmp_path / "old" / "certificate.pem").read_bytes())
+            key.write_bytes((tmp_path / "old" / "key.pem").read_bytes())
+            assert await shown(listening, authority) == first
+
+    asyncio.run(scenario())
+    told = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert all(line.startswith("the certificate as it was stays in use: ") for line in told)
+    parts = ("cannot read", "does not hold a private key", "is not the key of", "expired on")
+    assert all(any(part in line for line in told) for part in parts)
+
+
+def test_another_authority_of_clients_is_noticed_while_the_server_runs(
+    authority: Authority, tmp_path: Path
+) -> None:
+    other = Authority.create(tmp_path / "other")
+    other.client("alice")
+
+    async def scenario() -> None:
+        async with door(mutual(authority)) as (_, listening):
+            async with client(listening, certified(other, ca=authority)) as stub:
+                assert (await refused(enrol(stub, "alice")))[0] == StatusCode.UNAVAILABLE
+            own = authority.folder / "server" / "authority.pem"
+            own.write_bytes((other.folder / "authority.pem").read_bytes())
+            async with client(listening, certified(other, ca=authority)) as stub:
+                await enrol(stub, "alice")
+            async with client(listening, certified(authority)) as stub:
+                assert (await refused(enrol(stub, "alice")))[0] == StatusCode.UNAVAILABLE
+
+    asyncio.run(scenario())
+
+
 def test_on_loopback_without_tls_the_name_is_believed() -> None:
     async def scenario() -> None:
         async with door() as (recorder, listening), client(listening) as stub:
@@ -443,6 +517,64 @@ def test_the_slow_are_cut_off_and_an_honest_client_goes_on() -> None:
             assert 1 in recorder.received  # the header: who reads the stream sees it end
 
     asyncio.run(scenario())
+
+
+def test_an_address_has_so_many_calls_that_do_not_say_whose_they_are() -> None:
+    async def scenario() -> None:
+        limits = Limits(message_timeout=20.0, arriving_per_address=3)
+        async with (
+            door(limits=limits) as (recorder, listening),
+            client(listening) as stub,
+            open_channel(f"127.0.0.1:{listening.port}", None) as channel,
+            from_another_address(listening) as elsewhere,
+        ):
+            session = (await enrol(stub, "early")).session
+            rounds = [stub.Rounds(pb.RoundsRequest(session=session)) for _ in range(5)]
+            await until(lambda: recorder.listening == 5)  # they have said it, and do not count
+
+            async def silence() -> AsyncIterator[bytes]:
+                await asyncio.sleep(60)
+                yield b""
+
+            methods = ("Enrol", "Submit", "Model")
+            silent = [channel.stream_unary(f"/{SERVICE}/{method}")(silence()) for method in methods]
+            answers: list[tuple[StatusCode, str]] = []
+            while not answers:
+                try:
+                    await enrol(stub, "late")
+                except grpc.aio.AioRpcError as error:
+                    answers.append((error.code(), error.details() or ""))
+            code, why = answers[0]
+            assert code == StatusCode.RESOURCE_EXHAUSTED
+            assert why.startswith("ipv4:127.0.0.1 has 3 calls that have not said whose they are")
+            assert (await enrol(elsewhere, "elsewhere")).session
+            silent[0].cancel()
+            await accepted(stub, session)
+            for call in (*silent, *rounds):
+                call.cancel()
+
+    asyncio.run(scenario())
+
+
+@contextlib.asynccontextmanager
+async def from_another_address(listening: Listening) -> AsyncIterator[FederationStub]:
+    """A client that the server sees at 127.0.0.2."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = ("127.0.0.1", listening.port)
+        answers, requests = await asyncio.open_connection(*there, local_addr=("127.0.0.2", 0))
+        await asyncio.gather(carry(reader, requests), carry(answers, writer))
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with open_channel(f"127.0.0.1:{port}", None) as channel:
+            yield FederationStub(channel)
 
 
 def test_who_does_not_take_the_model_does_not_keep_it_in_memory() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import page, targets
+from benchmarks import page, superlink, targets
 from benchmarks.cases import Case, cases, ours
 from benchmarks.measure import Sample, sample
 from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
@@ -83,3 +83,19 @@ def test_the_page_shows_what_was_measured_and_what_was_not(tmp_path: Path) -> No
     assert "| 0.50 | met |" in text
     assert "worst 3.00, `filter` on 1e30 | **not met**" in text
     assert "| not run |" in text
+
+
+def test_the_superlink_is_compared_round_by_round() -> None:
+    ours = superlink.Times(down=[1.0, 2.0, 1.0], up=[1.0, 1.0, 2.0])
+    theirs = superlink.Times([3.0, 2.0, 2.0], [4.0, 6.0, 6.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    up, up_on, down, down_from = superlink.report(1_000_000, ours, theirs).splitlines()
+    assert up.endswith("ours 4 MB/s, Flower's 1 MB/s: 4.0 times (3.0 to 6.0)")
+    assert up_on.endswith(": 6.0 times (4.0 to 8.0)")
+    assert down.endswith("ours 4 MB/s, Flower's 2 MB/s: 2.0 times (1.0 to 3.0)")
+    assert down_from.endswith(": 3.0 times (1.5 to 4.0)")
+
+
+def test_the_superlink_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink, "installed", lambda _: None)
+    with pytest.raises(SystemExit, match=r"Flower is not installed; .*pip install '\.\[bench\]'"):
+        superlink.main([])

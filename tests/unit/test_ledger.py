@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fedrobust_server.ledger import Answer, Ledger
+from fedrobust_server.round import KEEPS_TURN
 
 from fedrobust import InputError
 
@@ -28,6 +29,67 @@ def test_it_keeps_rounds_and_answers_over_a_restart(tmp_path: Path) -> None:
     again.close()
 
 
+def refused(ledger: Ledger, client: str, count: int, status: str = "LATE") -> None:
+    """Refuse a client so often, each time for another round of its making."""
+    for number in range(count):
+        ledger.answer(Answer(number, client, status, f"the {number}th", "ff", None, number))
+
+
+def test_refusals_are_counted_and_do_not_make_it_grow(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.open_round(1, ["a", "b"])
+    ledger.answer(Answer(1, "b", "ACCEPTED", "", "ff", 1.5, 10))
+    refused(ledger, "a", 1000)
+    refused(ledger, "a", 2, "DUPLICATE")
+    refused(ledger, "b", 5)
+    rows = [(a["client"], a["status"], a["reason"], a["times"]) for a in ledger.answers()]
+    late = [("LATE", f"the {i}th", 1) for i in range(3)]
+    assert rows == [
+        ("b", "ACCEPTED", "", 1),
+        *(("a", *row) for row in late),
+        ("a", "LATE", "the 999th", 997),
+        *(("a", "DUPLICATE", f"the {i}th", 1) for i in range(2)),
+        *(("b", *row) for row in late),
+        ("b", "LATE", "the 4th", 2),
+    ]
+    ledger.open_round(2, ["a"])  # and they are kept one by one again
+    refused(ledger, "a", 1)
+    assert [a["times"] for a in ledger.answers()[len(rows) :]] == [1]
+    ledger.close()
+    ledger = Ledger(tmp_path / "ledger.sqlite")  # where nothing is known of earlier rows
+    refused(ledger, "a", 10)
+    assert [a["times"] for a in ledger.answers()[len(rows) + 1 :]] == [1, 1, 1, 7]
+    ledger.close()
+
+
+def test_whoever_lost_its_turn_before_many_more_refusals_has_lost_it_after_a_restart(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.open_round(1, ["a", "b"])
+    refused(ledger, "a", 10, "TRUNCATED")
+    refused(ledger, "b", 10, "TRUNCATED")
+    ledger.answer(Answer(1, "a", "NON_FINITE", "nan"))
+    refused(ledger, "a", 10, "DUPLICATE")
+    standing = ledger.standing(KEEPS_TURN)
+    assert standing is not None
+    assert standing.failed == {"a"}
+    ledger.close()
+
+
+def test_a_refusal_that_cannot_be_recorded_is_not_counted(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.open_round(1, ["a"])
+    ledger._db.execute("PRAGMA query_only = 1")
+    for _ in range(10):
+        with pytest.raises(sqlite3.OperationalError):
+            ledger.answer(Answer(1, "a", "LATE", "late"))
+    ledger._db.execute("PRAGMA query_only = 0")
+    refused(ledger, "a", 5)
+    assert [a["times"] for a in ledger.answers()] == [1, 1, 1, 2]
+    ledger.close()
+
+
 def test_a_file_that_is_no_ledger_or_of_another_version_is_left_alone(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("not a database, but long enough to be read as one" * 50)
@@ -39,6 +101,6 @@ def test_a_file_that_is_no_ledger_or_of_another_version_is_left_alone(tmp_path: 
         database.execute("PRAGMA user_version = 99")
     database.close()
     before = old.read_bytes()
-    with pytest.raises(InputError, match="version 99; this program needs 2"):
+    with pytest.raises(InputError, match="version 99; this program needs 3"):
         Ledger(old)
     assert old.read_bytes() == before

@@ -8,6 +8,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fedrobust_server import audit, suspicion
@@ -72,6 +73,11 @@ def connection(run: Path) -> Iterator[sqlite3.Connection]:
 def lines(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> list[str]:
     assert main(["ledger", *map(str, arguments)]) == code
     return capsys.readouterr().out.splitlines()
+
+
+def objects(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict[str, Any]]:
+    """What a command prints with --json."""
+    return [json.loads(line) for line in lines(capsys, *arguments, "--json")]
 
 
 def test_show_lists_rounds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +273,33 @@ def test_a_ledger_of_a_version_to_come_is_left_alone(
     connection.execute("PRAGMA user_version = 99")
     assert main(["ledger", "show", str(run)]) == 2
     assert "a ledger of version 99" in capsys.readouterr().err
+
+
+def test_refusals_that_share_a_row_are_shown_by_their_number(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = Ledger(run / "ledger.sqlite")
+    for _ in range(50):
+        ledger.answer(Answer(8, "b", "DUPLICATE", "again"))
+    ledger.close()
+    (shown,) = [row for row in objects(capsys, "show", run, "--clients") if row["client"] == "b"]
+    assert (shown["accepted"], shown["refused"]) == (8, 50)
+    assert objects(capsys, "show", run)[-1]["refused"] == 50
+    assert objects(capsys, "verify", run)[0]["refused"] == 51
+    assert any("  47  " in line for line in lines(capsys, "show", run, "--client", "b"))
+    (found,) = objects(capsys, "show", run, "--client", "b")
+    assert [a["times"] for a in found["answers"]] == [1] * 11 + [47]
+
+
+def test_a_ledger_of_the_version_before_is_shown(
+    run: Path, connection: sqlite3.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [lines(capsys, "show", run, *which) for which in ((), ("--clients",), ("--client", "a"))]
+    connection.execute("ALTER TABLE answers DROP COLUMN times")
+    connection.execute("PRAGMA user_version = 2")
+    after = [lines(capsys, "show", run, *which) for which in ((), ("--clients",), ("--client", "a"))]
+    assert after == before
+    assert objects(capsys, "verify", run)[0]["refused"] == 1
 
 
 def test_a_ledger_without_the_tables_shows_rounds_and_takes_no_decisions(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedrobust_clients.credentials import Credentials
+from fedrobust_server.config import RunConfig
 from fedrobust_server.files import append_line, write_new
 from fedrobust_server.gateway import check_address
 from fedrobust_server.keys import Authority
@@ -413,6 +414,23 @@ def test_bad_limits_are_refused() -> None:
         Limits(uploads=0)
     with pytest.raises(InputError, match="message_timeout"):
         Limits(message_timeout=float("nan"))
+    with pytest.raises(InputError, match="idle must be above 0 and at most 2147483, got 3000000"):
+        Limits(idle=3_000_000)
+
+
+def test_a_runs_configuration_sets_limits() -> None:
+    limits = RunConfig.from_toml("rounds = 3\n[limits]\nuploads = 7\nidle = 60\n").limits
+    assert limits == Limits(uploads=7, idle=60)
+    assert RunConfig.from_toml(RunConfig(limits=limits).to_toml()).limits == limits
+    assert RunConfig.from_toml("").limits == Limits()
+    for text, complaint in {
+        "limits = 3": r"\[limits\] must be a table, got 3",
+        "[limits]\nupload = 3": "unknown key of .limits. 'upload'.*did you mean uploads",
+        "[limits]\nuploads = 1.5": "uploads must be int, got 1.5",
+        "[limits]\nuploads = 0": "uploads must be above 0",
+    }.items():
+        with pytest.raises(InputError, match=complaint):
+            RunConfig.from_toml(text)
 
 
 # ---- the command ------------------------------------------------------------------------------------

@@ -21,8 +21,6 @@ from fedrobust.verdict import Verdict
 
 _METHODS = ("entropy", "filter")
 _COVARIANCES = ("bounded", "identity")
-_TOO_MUCH = 3
-"""In units of eps: the tail test removes an honest row for each of the others at most, by its design."""
 
 
 class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -63,8 +61,8 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
     >>> X = np.random.default_rng(0).normal(size=(2000, 20))
     >>> X[:200] += 1.5
     >>> robust = RobustMean(eps=0.1, covariance="identity").fit(X)
-    >>> [round(float(np.linalg.norm(mean)), 1) for mean in (X.mean(axis=0), robust.location_)]
-    [0.7, 0.2]
+    >>> bool(np.linalg.norm(X.mean(axis=0)) > 3 * np.linalg.norm(robust.location_))
+    True
     """
 
     def __init__(
@@ -126,7 +124,7 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
             eps=eps,
         )
         verdict = Verdict.REMOVED if found.steps else Verdict.CLEAR
-        if eps > 0 and (found.last > found.threshold or removed > _TOO_MUCH * eps):
+        if eps > 0 and found.last > found.threshold:
             verdict = Verdict.EXCEEDED
         weights = found.kept / np.count_nonzero(found.kept)
         self._keep(sample.mean(found.kept), weights, found.scores, certificate, verdict)

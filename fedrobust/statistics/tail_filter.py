@@ -32,6 +32,7 @@ _DIRECTIONS = 8
 _LANCZOS_STEPS = 60
 _CENTRED_BY = 1000  # rows whose median is the centre
 _CHERNOFF = 2.5  # how many times as many rows as expected are too many; of the authors' code
+_MARGIN = 1.05  # for the fluctuations of a clean sample's largest eigenvalue
 _TAU = 0.1  # the probability of failure in the authors' code
 _FARTHEST = 1e15  # squares are still float32
 
@@ -134,7 +135,7 @@ class Filtered:
             threshold.
         first: top eigenvalue of the covariance of all rows, in units of sigma^2.
         last: that of the rows that were kept; within a hundredth where d > 2048.
-        threshold: above it an eigenvalue says that something is left.
+        threshold: above it the last eigenvalue says that something is left.
         steps: in how many rounds rows were cut.
     """
 
@@ -149,23 +150,26 @@ class Filtered:
 def tail_filter(sample: Sample, eps: float, *, method: str = "filter", seed: int = 0) -> Filtered:
     """Cut until no direction has more variance than honest rows have.
 
-        lambda, v <- top eigenpairs of the covariance of the rows that are left
-        stop if no lambda passes the threshold, max(1 + 3 eps ln(1/eps), 1.05 (1 + sqrt(d/n))^2)
-        m <- median of <v, x_i>,  T_i <- |<v, x_i> - m| - 2 eps
+        lambda, v <- top eigenpairs of the covariance of the n rows that are left
+        s <- 1 + sqrt(d/n)
+        stop if no lambda passes the threshold, max(1 + 3 eps ln(1/eps), 1.05 s^2)
+        m <- median of <v, x_i>,  T_i <- |<v, x_i> - m| / s - 2 eps
         cut from the first row on, in the order of T, beyond which there are more rows than
             2.5 n (P[N(0, 1) > T_i] + eps / (d ln(d eps / 0.1)))
 
     Every eigenvector that passes the threshold, eight at most, is cut along before the next
     eigenproblem. The rows' second moments are corrected by those of the rows that were cut, so later
     rounds look at few rows. By "entropy" one cut serves all directions together (`_entropy_cut`), and
-    what is tolerated is only what clean samples show, 1.05 (1 + sqrt(d/n))^2: a cut that finds no heavy
-    tail ends it, so a low threshold costs little, and clusters that hide below the other are found.
+    what is tolerated is only what clean samples show, 1.05 s^2: a cut that finds no heavy tail ends it,
+    so a low threshold costs little, and clusters that hide below the other are found.
 
     Source: Diakonikolas, Kamath, Kane, Li, Moitra, Stewart 2017, "Being Robust (in High Dimensions) Can
-    Be Practical" (ICML, arXiv 1703.00893), section 3 and its authors' constants. Deviations: the
-    threshold's second term, the largest eigenvalue of a clean sample that is not much longer than d;
-    several directions an eigenproblem; rows that no honest row can be near go first
-    (`within_reach`); the slack's d is at least 30, for below that its logarithm ends.
+    Be Practical" (ICML, arXiv 1703.00893), section 3 and its authors' constants. Deviations: s, 1 in the
+    paper, for samples that are not much longer than d: a direction that was chosen for its variance has
+    heavier tails than another, and without s an honest sample of 10 d rows would be cut to nothing;
+    a budget, as no more than 5 eps can be right; several directions an eigenproblem; rows that no
+    honest row can be near go first (`within_reach`); the slack's d is at least 30, for below that its
+    logarithm ends.
 
     Args:
         sample: of a Gaussian with covariance sigma^2 I, eps of it replaced.
@@ -179,33 +183,56 @@ def tail_filter(sample: Sample, eps: float, *, method: str = "filter", seed: int
     n, d = sample.shape
     squares = sample.squares()
     kept = within_reach(squares, d, eps)
-    noise = 3 * eps * math.log(1 / eps) if eps > 0 else 0.0
-    clean = 1.05 * (1 + math.sqrt(d / n)) ** 2
-    threshold = max(1 + noise, clean)
-    tolerated = threshold if method == "filter" else clean
-    cut = _CUTS[method](eps, d)
-    scores = np.where(kept, 0.0, squares / threshold)
-    moments, first, steps = moments_of(sample, kept), math.nan, int(not kept.all())
+    steps, first = int(not kept.all()), math.nan
+    scores, moments = np.where(kept, 0.0, squares), moments_of(sample, kept)
     while True:
         values, vectors = leading(sample, kept, moments, seed)
         mean = moments.mean
         if math.isnan(first):  # no less than that of all rows: the far ones count in every direction
             far = np.sqrt(squares[~kept]) + math.sqrt(mean @ mean)
             first = (moments.count * values[0] + far @ far) / n
-        loud = max(int(np.count_nonzero(values > tolerated)), 1)
+        spread, threshold = tolerance(moments.count, d, eps)
+        least = threshold if method == "filter" else _MARGIN * spread**2
+        loud = max(int(np.count_nonzero(values > least)), 1)
         seen = sample.project(kept, np.column_stack([vectors[:, :loud], mean]))[kept]
-        along, from_mean = seen[:, :loud], squares[kept] - 2 * seen[:, loud] + mean @ mean
-        along = np.abs(along - np.median(along, axis=0))
-        scores[kept] = np.maximum(scores[kept], along.max(axis=1) ** 2 / threshold)
-        if eps == 0 or values[0] <= tolerated:
+        along = np.abs(seen[:, :loud] - np.median(seen[:, :loud], axis=0))
+        scores[kept] = np.maximum(scores[kept], along.max(axis=1) ** 2)
+        if eps == 0 or values[0] <= least:
             break
-        stay = cut(along, values[:loud], from_mean, tolerated)
-        if stay.all() or not stay.any():
+        squared = squares[kept] - 2 * seen[:, loud] + mean @ mean
+        rest = np.maximum(squared - (along**2).sum(axis=1), 0.0)
+        stay = _CUTS[method](eps, d)(along / spread, values[:loud], rest, least / spread**2)
+        if stay.all() or np.count_nonzero(stay) < n * (1 - _budget(eps)):
             break
         gone = np.zeros(n, dtype=bool)
         gone[kept] = ~stay
         kept, moments, steps = kept & ~gone, moments - moments_of(sample, gone), steps + 1
-    return Filtered(kept, scores, float(first), float(values[0]), threshold, steps)
+    return Filtered(kept, scores / threshold, float(first), float(values[0]), threshold, steps)
+
+
+def tolerance(n: int, d: int, eps: float) -> tuple[float, float]:
+    """How far clean samples are spread in their widest direction, and the variance that is tolerated.
+
+    Args:
+        n: number of rows.
+        d: number of coordinates.
+        eps: what may be malicious.
+
+    Returns:
+        1 + sqrt(d/n), the largest standard deviation along any direction (Bai & Yin 1993); and
+        max(1 + 3 eps ln(1/eps), 1.05 times its square).
+    """
+    spread = 1 + math.sqrt(d / n)
+    noise = 3 * eps * math.log(1 / eps) if eps > 0 else 0.0
+    return spread, max(1 + noise, _MARGIN * spread**2)
+
+
+def _budget(eps: float) -> float:
+    """The fraction of the rows that may be cut, and half of the honest ones at most.
+
+    Where a tail is too heavy by half, one in five of the rows that are cut is bad.
+    """
+    return min(5 * eps, (1 + eps) / 2)
 
 
 def within_reach(squares: Vector, d: int, eps: float) -> Mask:
@@ -309,19 +336,20 @@ def _light(chances: Vector, slack: float) -> Mask:
 
 
 Cut = Callable[[Matrix, Vector, Vector, float], Mask]
-"""(m, k) distances from the median along k directions, their (k,) variances, (m,) squared distances
-from the mean, and the threshold, to the (m,) rows to keep."""
+"""(m, k) distances from the median along k directions in units of the spread, the (k,) variances,
+(m,) squared distances along all other directions, and the tolerated variance, to the (m,) rows to keep.
+"""
 
 
 def _gaussian_cut(eps: float, d: int) -> Cut:
     """Along one direction after the other, as long as its variance passes the threshold."""
 
-    def cut(along: Matrix, _values: Vector, _from_mean: Vector, threshold: float) -> Mask:
+    def cut(along: Matrix, _values: Vector, _rest: Vector, tolerated: float) -> Mask:
         keep = np.ones(len(along), dtype=bool)
         for column, distances in enumerate(along.T):
             left = np.flatnonzero(keep)
             # About the median: no less than the variance, and the first column passes in any case.
-            if column == 0 or np.mean(distances[left] ** 2) > threshold:
+            if column == 0 or np.mean(distances[left] ** 2) > tolerated:
                 far = np.maximum(distances[left] - 2 * eps, 0.0)
                 keep[left] = _light(erfc(far / math.sqrt(2)) / 2, _slack(eps, d))
         return keep
@@ -336,7 +364,7 @@ def _entropy_cut(eps: float, d: int) -> Cut:
 
     For an honest row tau is a sum of squares with the eigenvalues u of U for weights, and beyond
     tr U + 2 |u|_2 sqrt(t) + 2 |u|_max t with a probability of at most exp(-t) (Laurent & Massart 2000,
-    lemma 1): this stands in the place of the Gaussian tail. alpha is 4, then 32; where the bound for a sum
+    lemma 1): this stands in for the Gaussian tail. alpha is 4, then 32; where the bound for a sum
     is too loose for either to find anything, the large directions are cut one after the other.
     Directions other than the large ones count as if they had variance 1.
 
@@ -345,9 +373,8 @@ def _entropy_cut(eps: float, d: int) -> Cut:
     """
     along_directions = _gaussian_cut(eps, d)
 
-    def cut(along: Matrix, values: Vector, from_mean: Vector, threshold: float) -> Mask:
+    def cut(along: Matrix, values: Vector, rest: Vector, tolerated: float) -> Mask:
         squares = np.maximum(along - 2 * eps, 0.0) ** 2
-        rest = np.maximum(from_mean - (along**2).sum(axis=1), 0.0)
         keep = np.ones(len(along), dtype=bool)
         for alpha in (4.0, 32.0):
             u, small = np.exp(alpha * (values / values[0] - 1)), np.exp(alpha * (1 / values[0] - 1))
@@ -359,7 +386,7 @@ def _entropy_cut(eps: float, d: int) -> Cut:
             keep = _light(np.exp(-(root**2)), _slack(eps, d))
             if not keep.all():
                 return keep
-        return along_directions(along, values, from_mean, threshold)
+        return along_directions(along, values, rest, tolerated)
 
     return cut
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fedrobust import InputError, Verdict
 from fedrobust.kernels import Matrix
+from fedrobust.reproductions.experiment import Trial
+from fedrobust.reproductions.rivals import geometric_median
+from fedrobust.reproductions.robust_mean import ESTIMATORS, EXPERIMENT, NOISES, published_size
 from fedrobust.statistics import RobustMean
 from fedrobust.statistics import tail_filter as tails
 
@@ -70,10 +74,10 @@ def test_an_honest_gaussian_is_left_alone(method: str, d: int) -> None:
 @pytest.mark.parametrize("method", ["filter", "entropy"])
 def test_the_error_does_not_grow_with_the_dimension(method: str) -> None:
     errors = []
-    for d in (20, 80, 320):
-        X = sample(100 * d, d, shift=1.0)
+    for d in (10, 40, 160):
+        X = sample(200 * d, d, shift=1.0)
         robust = RobustMean(covariance="identity", method=method).fit(X)
-        clean = np.linalg.norm(X[10 * d :].mean(axis=0))
+        clean = np.linalg.norm(X[20 * d :].mean(axis=0))
         errors.append(float(np.linalg.norm(robust.location_) - clean))
     assert max(errors) < 0.06
 
@@ -197,3 +201,40 @@ def test_it_can_be_cloned_and_repeats_itself() -> None:
     assert clone(estimator).get_params() == estimator.get_params()
     X = sample()
     assert (clone(estimator).fit(X).location_ == estimator.fit(X).location_).all()
+
+
+@pytest.mark.parametrize("method", ["filter", "entropy"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_short_sample_is_not_cut_to_nothing(method: str, seed: int, shift: float) -> None:
+    X = sample(2000, 300, shift=shift, seed=seed)
+    found = RobustMean(covariance="identity", method=method).fit(X)
+    assert np.count_nonzero(found.weights_[200:]) > 1600  # of 1800
+    assert np.count_nonzero(found.weights_[:200]) <= (1 if shift else 200)
+
+
+def test_a_small_form_of_the_experiment(tmp_path: Path) -> None:
+    plan = [
+        Trial({"noise": noise, "d": d, "n": published_size(d) if d == 5 else 30 * d}, 0, {}, 0.0)
+        for noise in NOISES
+        for d in (5, 60)
+    ]
+    trials = EXPERIMENT.run(plan, tmp_path)
+    for trial in trials:
+        assert set(trial.figures) == {"sampling", *ESTIMATORS}
+        if trial.setting["d"] == 60:
+            assert trial.figures["entropy filter"] < 0.1
+    assert "| two parts | 60 | 1800 |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_rivals_agree_on_a_clean_sample() -> None:
+    X = sample(20_000, 12, eps=0) + 3
+    for name, estimate in ESTIMATORS.items():
+        assert np.linalg.norm(estimate(X.astype(np.float32)) - 3) < 0.12, name
+
+
+def test_the_geometric_median_is_where_unit_vectors_cancel() -> None:
+    X = sample(500, 4)
+    away = X - geometric_median(X, steps=1000)
+    assert np.linalg.norm((away / np.linalg.norm(away, axis=1, keepdims=True)).mean(axis=0)) < 1e-4

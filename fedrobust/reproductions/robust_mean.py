@@ -105,7 +105,7 @@ def published_size(d: int) -> int:
 def settings(quick: bool) -> list[Setting]:
     """The figure as it was published, the other noises in it, and on to more dimensions.
 
-    There 10 d / eps^2 rows are too many for a small machine, so they are 10 d, and 6 d at the last.
+    There 10 d / eps^2 rows are too many for a small machine, so they are 10 d, and 4 d at the last.
     """
     figure = (100, 200) if quick else range(100, 401, 50)
     others = (100,) if quick else (100, 200, 400)
@@ -114,7 +114,7 @@ def settings(quick: bool) -> list[Setting]:
     return [
         *({"noise": "two parts", "d": d, "n": published_size(d)} for d in figure),
         *({"noise": noise, "d": d, "n": published_size(d)} for noise in noises for d in others),
-        *({"noise": "two parts", "d": d, "n": min(10 * d, 60_000)} for d in further),
+        *({"noise": "two parts", "d": d, "n": min(10 * d, 40_000)} for d in further),
         *({"noise": noise, "d": 1000, "n": 10_000} for noise in noises if not quick),
     ]
 
@@ -183,7 +183,7 @@ def draw(trials: Sequence[Trial]) -> Figure:
         axes.set_ylabel("excess error")
     _draw_published(left)
     left.set_title("two parts, n = 10 d / eps² (open: as published)")
-    middle.set_title("two parts, n = 10 d, at most 60 000")
+    middle.set_title("two parts, n = 10 d, at most 40 000")
     middle.set_xscale("log")
     middle.set_yscale("symlog", linthresh=0.1)
     _draw_noises(right, trials)

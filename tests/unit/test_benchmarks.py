@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import page, targets
+from benchmarks import page, statistics, targets
 from benchmarks.cases import Case, cases, ours
 from benchmarks.measure import Sample, sample
 from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
@@ -83,3 +83,10 @@ def test_the_page_shows_what_was_measured_and_what_was_not(tmp_path: Path) -> No
     assert "| 0.50 | met |" in text
     assert "worst 3.00, `filter` on 1e30 | **not met**" in text
     assert "| not run |" in text
+
+
+def test_estimators_are_timed_beside_plain_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    statistics.main(["--quick", "--repetitions", "1", "--only", "mean/"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + sum(case.name.startswith("mean/") for case in statistics.CASES)
+    assert all(line.count("|") == 7 for line in lines)

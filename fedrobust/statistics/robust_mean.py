@@ -15,7 +15,7 @@ from fedrobust.certificate import Certificate
 from fedrobust.errors import InputError
 from fedrobust.kernels import Vector
 from fedrobust.rules import EntropyFilter, Filter
-from fedrobust.statistics.tail_filter import Sample, sample_of, tail_filter
+from fedrobust.statistics.tail_filter import sample_of, tail_filter
 from fedrobust.text import choose
 from fedrobust.verdict import Verdict
 
@@ -108,12 +108,12 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         self._keep(found.value, found.weights, found.scores, found.certificate, found.verdict)
 
     def _fit_identity(self, rows: npt.NDArray[np.floating], seed: int) -> None:
-        eps, sigma = self.eps, 1.0 if self.sigma is None else self.sigma
-        if isinstance(eps, str) or not 0 <= eps < 0.5:
-            raise InputError(f"eps must be in [0, 0.5) with covariance='identity', got {eps!r}")
-        if not sigma > 0:
-            raise InputError(f"sigma must be positive, got {sigma!r}")
-        sample: Sample = sample_of(rows, sigma, seed)
+        eps, sigma = _number(self.eps), 1.0 if self.sigma is None else _number(self.sigma)
+        if not 0 <= eps < 0.5:
+            raise InputError(f"eps must be in [0, 0.5) with covariance='identity', got {self.eps!r}")
+        if not 0 < sigma < math.inf:
+            raise InputError(f"sigma must be positive and finite, got {self.sigma!r}")
+        sample = sample_of(rows, sigma, seed)
         found = tail_filter(sample, eps, method=self.method, seed=seed)
         removed = 1 - float(found.kept.mean())
         certificate = Certificate(
@@ -142,3 +142,11 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         self.scores_ = scores
         self.certificate_ = certificate
         self.verdict_ = verdict
+
+
+def _number(value: object) -> float:
+    """NaN, which no range holds, for what is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]  # that is what is tried
+    except (TypeError, ValueError):
+        return math.nan

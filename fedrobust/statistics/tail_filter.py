@@ -28,7 +28,7 @@ Mask = npt.NDArray[np.bool_]
 MOST_COORDINATES = 2048
 """Up to so many a d x d covariance is formed; beyond, its products with a vector are passes."""
 _CHUNK = 1 << 22  # elements: large enough for a fast product, small enough to stay in the cache
-_DIRECTIONS = 8
+_DIRECTIONS = 64
 _LANCZOS_STEPS = 60
 _CENTRED_BY = 1000  # rows whose median is the centre
 _CHERNOFF = 2.5  # how many times as many rows as expected are too many; of the authors' code
@@ -157,7 +157,7 @@ def tail_filter(sample: Sample, eps: float, *, method: str = "filter", seed: int
         cut from the first row on, in the order of T, beyond which there are more rows than
             2.5 n (P[N(0, 1) > T_i] + eps / (d ln(d eps / 0.1)))
 
-    Every eigenvector that passes the threshold, eight at most, is cut along before the next
+    Every eigenvector that passes the threshold, 64 at most, is cut along before the next
     eigenproblem. The rows' second moments are corrected by those of the rows that were cut, so later
     rounds look at few rows. By "entropy" one cut serves all directions together (`_entropy_cut`), and
     what is tolerated is only what clean samples show, 1.05 s^2: a cut that finds no heavy tail ends it,

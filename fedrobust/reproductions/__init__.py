@@ -6,10 +6,11 @@ against are in `published/`, one CSV file each, with its source in the module th
 
 from __future__ import annotations
 
-from fedrobust.reproductions import backdoor
+from fedrobust.reproductions import backdoor, robust_mean
 from fedrobust.reproductions.experiment import Experiment
 
 CATALOG: dict[str, Experiment] = {
+    "robust-mean": robust_mean.EXPERIMENT,
     "backdoor": backdoor.EXPERIMENT,
 }
 """The experiments, by the names that the command line knows."""

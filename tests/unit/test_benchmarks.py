@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import page, superlink, targets
+from benchmarks import page, statistics, superlink, targets
 from benchmarks.cases import Case, cases, ours
 from benchmarks.measure import Sample, sample
 from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
@@ -99,3 +99,10 @@ def test_the_superlink_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(superlink, "installed", lambda _: None)
     with pytest.raises(SystemExit, match=r"Flower is not installed; .*pip install '\.\[bench\]'"):
         superlink.main([])
+
+
+def test_estimators_are_timed_beside_plain_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    statistics.main(["--quick", "--repetitions", "1", "--only", "mean/"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + sum(case.name.startswith("mean/") for case in statistics.CASES)
+    assert all(line.count("|") == 7 for line in lines)

@@ -6,9 +6,12 @@ against are in `published/`, one CSV file each, with its source in the module th
 
 from __future__ import annotations
 
+from fedrobust.reproductions import que
 from fedrobust.reproductions.experiment import Experiment
 
-CATALOG: dict[str, Experiment] = {}
+CATALOG: dict[str, Experiment] = {
+    "que": que.EXPERIMENT,
+}
 """The experiments, by the names that the command line knows."""
 
 __all__ = ["CATALOG", "Experiment"]

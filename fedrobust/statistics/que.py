@@ -46,22 +46,23 @@ class QUEDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     exact: S from the eigenvectors of Sigma, in O(n d min(n, d)).
     sketched: S = Q X f(Sigma) with k rows, X the centred points, Q random signs / sqrt k (Johnson and
     Lindenstrauss) and f a Chebyshev polynomial for sqrt((exp(z) - 1) / z), in O(n d k deg f): linear in
-    n and in d. A score's expectation is right, and its standard deviation is at most sqrt(2 / k) of the
-    part that S adds, for any point; k = 2 / accuracy^2. `||Sigma||` is then good to 1e-4.
+    n and in d. For any point |S (x - mu)|^2 has the right expectation, and a standard deviation of at
+    most sqrt(2 / k) of it; k = 2 / accuracy^2. So has ||S||_F^2, which scales all scores alike.
+    ||Sigma|| is then good to 2e-4.
 
     Source: Dong, Hopkins, Li, "Quantum Entropy Scoring for Fast Robust Mean Estimation and Improved
-    Outlier Detection", NeurIPS 2019 (arXiv 1906.11366), sections 2 and 4. Deviation: the sketch is of
-    U less its identity part, which makes it exact at alpha = 0; theirs is of all of U.
+    Outlier Detection", NeurIPS 2019 (arXiv 1906.11366), its QUE scores. Deviation: what is sketched is
+    U less its identity part, so that alpha = 0 is exact; theirs is all of U.
 
     Args:
-        alpha: how much more directions of large variance count; the paper recommends 4.
+        alpha: how much more directions of large variance count, 0 to 10 000; the paper recommends 4.
         contamination: the part of the points fitted that `predict` calls outliers, above 0 and at
             most 0.5.
         whiten: (m, d) points known to be good, m several times d: points are measured in units of
             their spread first (`whitening`, O(m d^2)). None takes the data as they are. Whitening is
             half of the method where the data's own variances differ by much.
         method: "exact", "sketched", or "auto": whichever is expected to take less time.
-        accuracy: of a sketched score: its relative standard deviation is at most this.
+        accuracy: of |S (x - mu)|^2 where sketched: its relative standard deviation is at most this.
         random_state: of the sketch.
 
     Attributes:
@@ -111,8 +112,14 @@ class QUEDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         """
         self._check_parameters()
         points: Matrix = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
-        self.whitening_ = None if self.whiten is None else self._whitening(points.shape[1])
-        if self.whitening_ is not None:
+        self.whitening_: Matrix | None = None
+        if self.whiten is not None:
+            self.whitening_ = whitening(self.whiten)
+            if len(self.whitening_) != points.shape[1]:
+                raise InputError(
+                    f"whiten has {len(self.whitening_)} columns, but the data {points.shape[1]}; "
+                    "give points of the same features"
+                )
             points = points @ self.whitening_
         self.location_: Vector = points.mean(axis=0)
         centred = points - self.location_
@@ -168,15 +175,9 @@ class QUEDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         tau: Vector = (math.exp(-self.alpha) * lengths + grown) / self.trace_
         return tau
 
-    def _whitening(self, features: int) -> Matrix:
-        matrix = whitening(self.whiten)
-        if len(matrix) != features:
-            raise InputError(f"whiten has {len(matrix)} columns, but the data {features}")
-        return matrix
-
     def _check_parameters(self) -> None:
         for name, lowest, highest in (
-            ("alpha", 0.0, 1e6),
+            ("alpha", 0.0, 1e4),
             ("contamination", 1e-12, 0.5),
             ("accuracy", 1e-3, 1.0),
         ):
@@ -186,7 +187,7 @@ class QUEDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         choose(self.method, ("auto", "exact", "sketched"), "method of QUEDetector")
 
 
-def whitening(reference: npt.ArrayLike | None) -> Matrix:
+def whitening(reference: npt.ArrayLike) -> Matrix:
     """(d, d) W, float64: the reference times W has covariance I.
 
     Where the reference does not vary (below 1e-8 of its largest variance) the matrix is as if it
@@ -277,7 +278,7 @@ def growth_polynomial(alpha: float) -> Vector:
         values: Vector = np.sqrt(-np.expm1(-z) / z * np.exp(z - alpha))
         return values
 
-    degree = min(32 + int(4 * alpha), 512)
+    degree = min(32 + int(4 * alpha), 1024)
     coefficients: Vector = chebyshev.chebinterpolate(root, degree)  # type: ignore[arg-type]  # takes all t at once
     tails = np.cumsum(np.abs(coefficients[::-1]))[::-1]
     tolerance = max(_POLYNOMIAL_TOLERANCE * math.exp(-alpha / 2), 1e-9)

@@ -256,9 +256,18 @@ class EntropyFilter(Filter):
 
     def measure(self, squares: Matrix, variances: Vector, rest: Vector) -> Vector:
         """(m,) tau by U, over U's largest eigenvalue."""
-        emphasis = np.exp(self.alpha * (variances / variances.max() - 1))
-        tau: Vector = squares @ emphasis + np.exp(-self.alpha) * rest
+        tau: Vector = squares @ emphasis(variances, self.alpha) + np.exp(-self.alpha) * rest
         return tau
+
+
+def emphasis(variances: Vector, alpha: float) -> Vector:
+    """(k,) what directions of these variances count for: exp(alpha variance / largest), 1 at most.
+
+    The eigenvalues of exp(alpha Sigma / ||Sigma||) over the largest of them (Dong, Hopkins, Li 2019,
+    arXiv 1906.11366), so that no alpha overflows.
+    """
+    weights: Vector = np.exp(alpha * (variances / variances.max() - 1))
+    return weights
 
 
 def without_loud(gram: Gram, factor: float) -> Vector:

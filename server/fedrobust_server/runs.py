@@ -71,7 +71,7 @@ class RunFolder:
             with contextlib.closing(folder.ledger()) as ledger:
                 began = bool(ledger.rounds())
             if not began:
-                shutil.rmtree(folder.path)
+                shutil.rmtree(folder.path, ignore_errors=True)  # the refusal is what is to be told
             raise
 
     @classmethod

@@ -89,8 +89,12 @@ def test_bad_configuration(
 
 @pytest.mark.parametrize("command", ["serve", "simulate"])
 def test_what_is_refused_late_leaves_its_name_free(
-    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by other tests, whose Ray would be used
     new = (command, "--runs-dir", str(tmp_path), "--run", "first")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

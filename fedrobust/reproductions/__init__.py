@@ -6,9 +6,13 @@ against are in `published/`, one CSV file each, with its source in the module th
 
 from __future__ import annotations
 
+from fedrobust.reproductions import popres, robust_covariance
 from fedrobust.reproductions.experiment import Experiment
 
-CATALOG: dict[str, Experiment] = {}
+CATALOG: dict[str, Experiment] = {
+    "robust-covariance": robust_covariance.EXPERIMENT,
+    "popres": popres.EXPERIMENT,
+}
 """The experiments, by the names that the command line knows."""
 
 __all__ = ["CATALOG", "Experiment"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,21 +92,6 @@ class People:
     legend: Mapping[str, tuple[float, float, float]]
 
 
-@dataclass(frozen=True, eq=False)
-class Estimates:
-    """Second moments, (20, 20) float64 each, by the names of `ESTIMATORS`."""
-
-    noisy: Matrix
-    filter: Matrix
-    filter_nonoise: Matrix
-    filter_centring: Matrix
-    prune: Matrix
-    ransac_asreleased: Matrix
-    ransac_fixed: Matrix
-    lrv: Matrix
-    mcd: Matrix
-
-
 def read_people(data_dir: Path | None) -> People:
     """Read the published components.
 
@@ -164,33 +149,32 @@ def planted(people: int, rng: np.random.Generator) -> Matrix:
     return np.hstack([rng.integers(0, 3, (m, half)), rng.integers(2, 4, (m, half))]) / 24
 
 
-def estimated(rows: Matrix, noise: Matrix, seed: int) -> tuple[Estimates, Mask, int]:
-    """All estimates from people and outliers together.
+def estimators(rows: Matrix, noise: Matrix, seed: int) -> dict[str, Callable[[], Matrix]]:
+    """What gives second moments, (20, 20) float64, by the names of `ESTIMATORS`.
 
     Args:
         rows: (n, 20) float64, of people.
         noise: (m, 20) float64, planted.
         seed: of RANSAC and MinCovDet.
-
-    Returns:
-        The estimates; (n + m,) bool, the rows that the filter keeps; how many people it drops where
-        nothing was planted.
     """
     both, rng = np.vstack([rows, noise]), np.random.default_rng(seed)
-    robust = RobustCovariance(eps=EPS, assume_centered=True).fit(both)
-    clean = RobustCovariance(eps=EPS, assume_centered=True).fit(rows)
-    estimates = Estimates(
-        noisy=np.cov(both.T),
-        filter=robust.covariance_,
-        filter_nonoise=clean.covariance_,
-        filter_centring=RobustCovariance(eps=EPS).fit(both).covariance_,
-        prune=rivals.pruned(both),
-        ransac_asreleased=rivals.ransac(both, EPS, rng, as_released=True),
-        ransac_fixed=rivals.ransac(both, EPS, rng),
-        lrv=rivals.lai_rao_vempala(both, EPS),
-        mcd=MinCovDet(random_state=seed).fit(both).covariance_,
-    )
-    return estimates, robust.support_, int((~clean.support_).sum())
+    mcd = MinCovDet(assume_centered=True, random_state=seed)
+    return {
+        "noisy": lambda: np.cov(both.T),
+        "filter": lambda: filtered(both).covariance_,
+        "filter_nonoise": lambda: filtered(rows).covariance_,
+        "filter_centring": lambda: RobustCovariance(eps=EPS).fit(both).covariance_,
+        "prune": lambda: rivals.pruned(both),
+        "ransac_asreleased": lambda: rivals.ransac(both, EPS, rng, as_released=True),
+        "ransac_fixed": lambda: rivals.ransac(both, EPS, rng),
+        "lrv": lambda: rivals.lai_rao_vempala(both, EPS),
+        "mcd": lambda: mcd.fit(both).covariance_,
+    }
+
+
+def filtered(rows: Matrix) -> RobustCovariance:
+    """The filter as in the paper: the mean is known."""
+    return RobustCovariance(eps=EPS, assume_centered=True).fit(rows)
 
 
 def drawn_up(people: People, seed: int) -> tuple[Matrix, Matrix]:
@@ -226,16 +210,16 @@ def settings(_quick: bool) -> list[Setting]:
 def trial(_setting: Setting, seed: int, data_dir: Path | None) -> dict[str, float]:
     """The measures of all estimators, named as in the published table, and what the filter dropped."""
     rows, noise = drawn_up(read_people(data_dir), seed)
-    estimates, kept, clean = estimated(rows, noise, seed)
     figures = {
-        f"{measure}_{field.name}": value
-        for field in fields(estimates)
-        for measure, value in measured(rows, getattr(estimates, field.name)).items()
+        f"{measure}_{name}": value
+        for name, estimate in estimators(rows, noise, seed).items()
+        for measure, value in measured(rows, estimate()).items()
     }
+    lost = ~filtered(np.vstack([rows, noise])).support_
     return figures | {
-        "filter_removed_good": int((~kept[: len(rows)]).sum()),
-        "filter_removed_bad": int((~kept[len(rows) :]).sum()),
-        "filter_nonoise_removed": clean,
+        "filter_removed_good": int(lost[: len(rows)].sum()),
+        "filter_removed_bad": int(lost[len(rows) :].sum()),
+        "filter_nonoise_removed": int((~filtered(rows).support_).sum()),
     }
 
 
@@ -266,24 +250,25 @@ def draw(people: People, trials: Sequence[Trial]) -> Figure:
 
     seed = trials[0].seed
     rows, noise = drawn_up(people, seed)
-    estimates, kept, _ = estimated(rows, noise, seed)
+    estimates = estimators(rows, noise, seed)
     both = np.vstack([rows, noise])
     colours = np.vstack([people.colours, np.zeros((len(noise), 3))])
     own = leading(np.cov(rows.T))
     own *= np.sign(((rows @ own) ** 3).sum(axis=0))  # the paper's axes are longer on the positive side
     everyone, real = np.ones(len(both), bool), np.arange(len(both)) < len(rows)
-    panels: list[tuple[str, Matrix, Mask]] = [
-        ("original data", own, everyone),
-        ("plain, spoiled", leading(estimates.noisy), everyone),
-        ("pruning", leading(estimates.prune), everyone),
-        ("RANSAC", leading(estimates.ransac_fixed), everyone),
-        ("filter", leading(estimates.filter), everyone),
-        ("filter: the rows kept", leading(estimates.filter), kept),
-        ("filter, nothing planted", leading(estimates.filter_nonoise), real),
-        ("Lai-Rao-Vempala", leading(estimates.lrv), everyone),
+    panels: list[tuple[str, str, Mask]] = [
+        ("original data", "", everyone),
+        ("plain, spoiled", "noisy", everyone),
+        ("pruning", "prune", everyone),
+        ("RANSAC", "ransac_fixed", everyone),
+        ("filter", "filter", everyone),
+        ("filter: the rows kept", "filter", filtered(both).support_),
+        ("filter, nothing planted", "filter_nonoise", real),
+        ("Lai-Rao-Vempala", "lrv", everyone),
     ]
     figure = Figure(figsize=(16, 8), layout="constrained")
-    for axis, (title, axes, shown) in zip(figure.subplots(2, 4).ravel(), panels, strict=True):
+    for axis, (title, name, shown) in zip(figure.subplots(2, 4).ravel(), panels, strict=True):
+        axes = leading(estimates[name]()) if name else own
         _panel(axis, both @ _turned(axes, own, rows), colours, shown)
         axis.set_title(title)
     marks = [*people.legend.items(), ("planted", (0.0, 0.0, 0.0))]

@@ -328,8 +328,8 @@ def deviations(white: Matrix) -> Vector:
     m, r = white.shape
 
     def centred_form(V: Matrix) -> Vector:
-        form: Vector = np.einsum("ij,ij->i", white @ V, white)
-        return form - form.mean()
+        form = np.einsum("ij,ij->i", white @ V, white)
+        return np.asarray(form - form.mean())
 
     def apply(flat: Vector) -> Vector:
         image: Vector = white.T @ (white * centred_form(flat.reshape(r, r))[:, None]) / m

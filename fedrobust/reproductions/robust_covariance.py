@@ -103,8 +103,8 @@ def spoiled(case: str, d: int, rng: np.random.Generator) -> Spoiled:
 
 
 def settings(quick: bool) -> list[Setting]:
-    """Both cases, over dimensions; slow rivals only up to d = 50, in the quick form up to 30."""
-    dimensions, limit = ((10, 30, 50), 30) if quick else (range(10, 101, 10), 50)
+    """Both cases, over dimensions; slow rivals only up to d = 50, in the quick form up to 10."""
+    dimensions, limit = ((10, 30, 50), 10) if quick else (range(10, 101, 10), 50)
     return [{"case": case, "d": d, "slow": d <= limit} for case in CASES for d in dimensions]
 
 

@@ -46,8 +46,9 @@ class RobustCovariance(EmpiricalCovariance):  # type: ignore[misc] # scikit-lear
     formed: O(n d^2) a step.
 
     Guarantee: Mahalanobis error O(eps log 1/eps) whatever d is, for n of order d^2 / eps^2. With fewer
-    rows the sampling noise of the fourth moments hides what an attacker does. The kept rows' mean is
-    good where their covariance is. Equivariant under affine maps (linear ones if `assume_centered`), up
+    rows the sampling noise of the fourth moments hides what an attacker does, and so do honest rows
+    with tails far heavier than a Gaussian's: where they are, it helps much to know the mean. The kept
+    rows' mean is good where their covariance is. Equivariant under affine maps (linear ones if `assume_centered`), up
     to the tolerance of the iterations; breakdown point eps < 1/2.
 
     Sources: Diakonikolas, Kamath, Kane, Li, Moitra, Stewart, "Being Robust (in High Dimensions) Can Be

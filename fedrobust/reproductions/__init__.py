@@ -6,11 +6,13 @@ against are in `published/`, one CSV file each, with its source in the module th
 
 from __future__ import annotations
 
-from fedrobust.reproductions import backdoor, que, robust_mean
+from fedrobust.reproductions import backdoor, popres, que, robust_covariance, robust_mean
 from fedrobust.reproductions.experiment import Experiment
 
 CATALOG: dict[str, Experiment] = {
     "robust-mean": robust_mean.EXPERIMENT,
+    "robust-covariance": robust_covariance.EXPERIMENT,
+    "popres": popres.EXPERIMENT,
     "que": que.EXPERIMENT,
     "backdoor": backdoor.EXPERIMENT,
 }

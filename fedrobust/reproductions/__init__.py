@@ -6,9 +6,13 @@ against are in `published/`, one CSV file each, with its source in the module th
 
 from __future__ import annotations
 
+from fedrobust.reproductions import sever_regression, sever_svm
 from fedrobust.reproductions.experiment import Experiment
 
-CATALOG: dict[str, Experiment] = {}
+CATALOG: dict[str, Experiment] = {
+    "sever-regression": sever_regression.EXPERIMENT,
+    "sever-svm": sever_svm.EXPERIMENT,
+}
 """The experiments, by the names that the command line knows."""
 
 __all__ = ["CATALOG", "Experiment"]

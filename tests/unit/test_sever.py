@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, softplus
 
 from fedrobust import InputError
+from fedrobust.reproductions import Experiment, sever_defences, sever_regression, sever_svm
+from fedrobust.reproductions.experiment import Trial
+from fedrobust.reproductions.sever_defences import DEFENCES, below, distances
 from fedrobust.statistics import (
     ModuleClassifier,
     ModuleRegressor,
@@ -350,3 +354,103 @@ def test_bad_estimators() -> None:
         ModuleRegressor(nn.Linear(20, 1)).fit(X, y, np.zeros(600))
     with pytest.raises(InputError, match="at least two classes, got one class"):
         SeverClassifier().fit(X, np.ones(600))
+
+
+def test_published_thresholds() -> None:
+    scores = np.array([3.0, 1.0, 2.0, 2.0])
+    assert list(below(scores, 0.0)) == [False, True, True, True]  # the largest goes whatever eps is
+    assert list(below(scores, 0.25)) == [False, True, False, False]  # and whatever ties
+    assert list(below(np.array([0.0, 0.0, 1.0]), 0.5)) == [True, True, False]
+
+
+def test_distances_of_sparse_rows() -> None:
+    rows = np.random.default_rng(0).poisson(0.5, (30, 12)).astype(float)
+    wanted = np.linalg.norm(rows - rows.mean(axis=0), axis=1)
+    assert np.allclose(distances(rows, centred=True), wanted)
+    assert np.allclose(distances(csr_matrix(rows), centred=True), wanted)
+    assert np.allclose(distances(csr_matrix(rows), centred=False), np.linalg.norm(rows, axis=1))
+
+
+def test_the_ridge_is_that_of_standardised_columns() -> None:
+    (X, y), _ = regression()
+    X = X * np.arange(1, 21) + 3
+    theta = sever_regression.ridge(X, y, 7.0)
+    scale = X.std(axis=0, ddof=1)
+    wanted = Ridge(alpha=7.0).fit(X / scale, y)
+    assert np.allclose(theta[1:], wanted.coef_ / scale)
+    assert theta[0] == pytest.approx(wanted.intercept_)
+
+
+def test_a_small_regression_experiment() -> None:
+    data = sever_regression.synthetic(0, n=600, d=40)
+    found = sever_regression.errors(data, 0.05, 4.0, 0)
+    assert found["sever"] < 1.1 * found["uncorrupted"]
+    assert min(found[name] for name in ("none", "l2", "ransac")) > 0.2
+
+
+def test_a_small_svm_experiment() -> None:
+    setting = {"data": "synthetic", "eps": 0.03, "reach": 1, "n": 500, "d": 50}
+    found = sever_svm.trial(setting, 0, None)
+    assert found["sever"] <= min(found[name] for name in ("none", "l2", "gradient", "ransac"))
+
+
+def test_the_dual_is_the_subgradient_of_the_optimum() -> None:
+    """Mean of the gradients is minus that of the penalty, and the same examples have the same ones."""
+    data = sever_svm.synthetic(1, 300, 20)
+    X, y = sever_svm.synthetic_attack(data, 0.05, 2, 1)
+    problem = sever_svm.problem(data, X, y)
+    machine = problem.fit(np.ones(315))
+    rows = problem.gradients(machine)
+    assert np.allclose(rows.mean(axis=0), -data.decay * machine.weights, atol=1e-6)
+    assert np.ptp(machine.pulls[300:]) < 1e-12
+    margins = problem.groups * (problem.inputs @ machine.weights + machine.bias)
+    assert (machine.pulls[margins < 0.99] > 1 - 1e-9).all()
+    assert (machine.pulls[margins > 1.01] == 0).all()
+
+
+def real_data(name: str) -> None:
+    try:
+        sever_defences.read(name, None)
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def test_drug_discovery_as_published() -> None:
+    real_data("qsar.npz")
+    found = sever_regression.trial({"data": "qsar", "eps": 0.05}, 0, None)
+    for name, error in {"none": 1.367, "l2": 1.233, "loss": 1.626, "sever": 1.225}.items():
+        assert found[name] == pytest.approx(error, rel=0.02)
+
+
+def test_enron_as_published() -> None:
+    real_data("enron.npz")
+    found = sever_svm.trial({"data": "enron", "eps": 0.01, "suite": "grad", "attack": 8}, 0, None)
+    for name, error in {"uncorrupted": 0.03, "none": 0.168116, "l2": 0.16715, "loss": 0.033816}.items():
+        assert found[name] == pytest.approx(error, abs=1e-3)
+    assert found["sever"] < 0.0734
+    assert found["sever"] < found["gradient"] < found["gradientCentered"] < found["none"]
+
+
+def test_absent_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDROBUST_DATA", raising=False)
+    with pytest.raises(InputError, match=r"sever/qsar\.npz.*no directory.*--data-dir or FEDROBUST_DATA"):
+        sever_regression.trial({"data": "qsar", "eps": 0.05}, 0, None)
+    with pytest.raises(InputError, match=r"eps10_grad\.npz.*looked for: .*--data-dir"):
+        sever_svm.enron_attack({"eps": 0.01, "suite": "grad", "attack": 8}, tmp_path)
+    (tmp_path / "qsar.npz").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match="cannot be read"):
+        sever_defences.read("qsar.npz", tmp_path)
+
+
+@pytest.mark.parametrize("experiment", [sever_regression.EXPERIMENT, sever_svm.EXPERIMENT])
+def test_pages_of_experiments(experiment: Experiment) -> None:
+    """Tables and figures are made of whatever trials there are."""
+    trials = [
+        Trial(t.setting, t.seed, dict.fromkeys(("uncorrupted", *DEFENCES), 0.1), 0.0)
+        for t in experiment.plan(quick=True)
+    ]
+    assert "published" in experiment.tables(trials)
+    assert len(experiment.draw(trials).axes) >= 2
+    only = [t for t in trials if t.setting["data"] == "synthetic"]
+    assert experiment.tables(only)
+    experiment.draw(only)

@@ -305,12 +305,12 @@ def _figure(mails: Sequence[Trial], target: str) -> dict[float, Trial]:
         eps = trial.setting["eps"]
         if _identity(trial.setting)[1:] == hardest(eps, target)[0]:
             found[eps] = trial
-    return found
+    return dict(sorted(found.items()))
 
 
 def _worst(mails: Sequence[Trial]) -> list[list[object]]:
     rows = []
-    for eps in dict.fromkeys(trial.setting["eps"] for trial in mails):
+    for eps in sorted({trial.setting["eps"] for trial in mails}):
         some = [trial for trial in mails if trial.setting["eps"] == eps]
         theirs = [_published(trial.setting) for trial in some]
         row: list[object] = [eps, len(some)]
@@ -329,7 +329,10 @@ def _verdict(mails: Sequence[Trial]) -> str:
         f"{d}: mean {np.mean(gap):+.4f}, largest {max(map(abs, gap)):.4f}" for d, gap in gaps.items()
     )
     lower = sum(gap <= 1e-6 for gap in gaps["sever"])
-    return f"Ours minus published, over {len(mails)} attacks: {sums}. Sever is at or below at {lower}."
+    return (
+        f"Ours minus published, over {len(mails)} attacks: {sums}. Sever is at or below at {lower}, "
+        f"above by {max(gaps['sever']):.4f} at most."
+    )
 
 
 def draw(trials: Sequence[Trial]) -> Figure:
@@ -356,9 +359,10 @@ def draw(trials: Sequence[Trial]) -> Figure:
                 worst[key[0]] = max(worst.get(key[0], 0.0), found.mean)
         panels[-1].plot(list(worst), list(worst.values()), color=COLORS[d], marker=".", label=d)
     panels[-1].set(title="synthetic, the worse of our attacks for each")
+    ticks = sorted({trial.setting["eps"] for trial in trials})
     for panel in panels:
-        panel.set(xlabel="eps", ylabel="test error", xticks=sorted({t.setting["eps"] for t in trials}))
-        panel.legend(fontsize=8)
+        panel.set(xlabel="eps", ylabel="test error", xticks=ticks)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 

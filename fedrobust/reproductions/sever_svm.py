@@ -350,7 +350,7 @@ def draw(trials: Sequence[Trial]) -> Figure:
             panel.plot(list(chosen), [t.figures[d] for t in chosen.values()], label=d, **options)
             known = [_published(t.setting).get(d, np.nan) for t in chosen.values()]
             panel.plot(list(chosen), known, linestyle="--", linewidth=1, **options)
-        panel.set(title=f"Enron, attack hardest for {target} (dashed: published)")
+        panel.set(title=f"Enron, hardest for {target}\n(dashed: published)")
     for d in DEFENCES:
         ours = grouped(others, lambda s: (s["eps"], s["reach"]), d)
         worst: dict[float, float] = {}
@@ -358,7 +358,7 @@ def draw(trials: Sequence[Trial]) -> Figure:
             if isinstance(key, tuple):
                 worst[key[0]] = max(worst.get(key[0], 0.0), found.mean)
         panels[-1].plot(list(worst), list(worst.values()), color=COLORS[d], marker=".", label=d)
-    panels[-1].set(title="synthetic, the worse of our attacks for each")
+    panels[-1].set(title="synthetic,\nthe worse of our attacks for each")
     ticks = sorted({trial.setting["eps"] for trial in trials})
     for panel in panels:
         panel.set(xlabel="eps", ylabel="test error", xticks=ticks)

@@ -49,7 +49,8 @@ def linear_gradients(model: BaseEstimator, X: Gradients, y: npt.NDArray[np.gener
     logistic loss (LogisticRegression, SGDClassifier; softmax for several classes), hinge and squared
     hinge (LinearSVC, SVC with the linear kernel and two classes, SGDClassifier; one against the rest for
     several classes). The regulariser's gradient, the same for all examples, is left out. At a hinge's
-    kink the gradient is 0.
+    kink the gradient is 0, so that examples exactly on the margin are not seen; the dual variables of
+    an exact solver tell what they weigh.
 
     Args:
         model: fitted.

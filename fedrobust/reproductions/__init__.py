@@ -6,7 +6,15 @@ against are in `published/`, one CSV file each, with its source in the module th
 
 from __future__ import annotations
 
-from fedrobust.reproductions import backdoor, popres, que, robust_covariance, robust_mean
+from fedrobust.reproductions import (
+    backdoor,
+    popres,
+    que,
+    robust_covariance,
+    robust_mean,
+    sever_regression,
+    sever_svm,
+)
 from fedrobust.reproductions.experiment import Experiment
 
 CATALOG: dict[str, Experiment] = {
@@ -14,6 +22,8 @@ CATALOG: dict[str, Experiment] = {
     "robust-covariance": robust_covariance.EXPERIMENT,
     "popres": popres.EXPERIMENT,
     "que": que.EXPERIMENT,
+    "sever-regression": sever_regression.EXPERIMENT,
+    "sever-svm": sever_svm.EXPERIMENT,
     "backdoor": backdoor.EXPERIMENT,
 }
 """The experiments, by the names that the command line knows."""

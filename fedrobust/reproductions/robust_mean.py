@@ -187,7 +187,7 @@ def draw(trials: Sequence[Trial]) -> Figure:
     middle.set_xscale("log")
     middle.set_yscale("symlog", linthresh=0.1)
     _draw_noises(right, trials)
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(ESTIMATORS))
     return figure
 
 

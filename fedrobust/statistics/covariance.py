@@ -48,8 +48,8 @@ class RobustCovariance(EmpiricalCovariance):  # type: ignore[misc] # scikit-lear
     Guarantee: Mahalanobis error O(eps log 1/eps) whatever d is, for n of order d^2 / eps^2. With fewer
     rows the sampling noise of the fourth moments hides what an attacker does, and so do honest rows
     with tails far heavier than a Gaussian's: where they are, it helps much to know the mean. The kept
-    rows' mean is good where their covariance is. Equivariant under affine maps (linear ones if `assume_centered`), up
-    to the tolerance of the iterations; breakdown point eps < 1/2.
+    rows' mean is good where their covariance is. Equivariant under affine maps (linear ones if
+    `assume_centered`), up to the tolerance of the iterations; breakdown point eps < 1/2.
 
     Sources: Diakonikolas, Kamath, Kane, Li, Moitra, Stewart, "Being Robust (in High Dimensions) Can Be
     Practical", ICML 2017 (arXiv 1703.00893), section 3 and appendix; constants and tuning as in the

@@ -173,10 +173,13 @@ def draw(trials: Sequence[Trial]) -> Figure:
             for axis in column:
                 axis.plot([*means], [*means.values()], label=label, **style)
         column[0].set_title(case)
-        column[1].set(ylim=(-0.05, 0.8), xlabel="dimension")
+        column[1].set(ylim=(-0.05, 1.3), xlabel="dimension")
     for axis, note in zip(axes[:, 0], ("", ", near zero"), strict=True):
         axis.set_ylabel(f"excess Mahalanobis error{note}")
-    axes[0, 0].legend()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, ncols=len(labels), loc="outside lower center", frameon=False, fontsize=8
+    )
     return figure
 
 

@@ -3,8 +3,8 @@
 Diakonikolas, Kamath, Kane, Li, Moitra, Stewart, ICML 2017 (arXiv 1703.00893), section 4.2. The
 principal components of POPRES are those that Novembre et al. ("Genes mirror geography within Europe",
 Nature 2008) published at github.com/NovembreLab/Novembre_etal_2008_misc. The paper prints pictures only;
-the numbers in `published/popres.csv` are of the authors' programs (github.com/hoonose/robust-filter,
-commit 69d020b), run again with 5 seeds.
+the numbers in `published/popres.csv` are recomputed: the authors' programs
+(github.com/hoonose/robust-filter, commit 69d020b), written anew apart from ours, with 5 seeds.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def tables(trials: Sequence[Trial]) -> str:
         ["people, of 1387", beside("filter_removed_good")],
         ["people where nothing was planted", beside("filter_nonoise_removed")],
     ]
-    note = "Mean ± standard deviation over seeds (in brackets: the authors' programs)."
+    note = "Mean ± standard deviation over seeds (in brackets: the authors' programs, recomputed)."
     measures = table(["estimate", *MEASURES.values()], rows)
     return "\n\n".join([measures, table(["the filter drops", "rows"], counts), note])
 

@@ -1,8 +1,9 @@
 """Figure 2 of "Being Robust (in High Dimensions) Can Be Practical": covariance under planted rows.
 
 Diakonikolas, Kamath, Kane, Li, Moitra, Stewart, ICML 2017 (arXiv 1703.00893), section 4.1. The paper
-prints a figure only; the numbers in `published/robust_cov.csv` are of the authors' programs
-(github.com/hoonose/robust-filter, commit 69d020b), run again with 3 seeds for d of 10, 30 and 50.
+prints a figure only; the numbers in `published/robust_cov.csv` are recomputed: the authors'
+programs (github.com/hoonose/robust-filter, commit 69d020b), written anew apart from ours, with 3 seeds
+for d of 10, 30 and 50.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def tables(trials: Sequence[Trial]) -> str:
         pages.append(f"**{case.capitalize()}**\n\n{table(header, rows)}")
     note = (
         "Mahalanobis error above that of the good rows' own covariance; mean ± standard deviation "
-        "over seeds (in brackets: the authors' programs)."
+        "over seeds (in brackets: the authors' programs, recomputed)."
     )
     return "\n\n".join([*pages, note])
 

@@ -1,7 +1,7 @@
 """Figure 1 of "Being Robust (in High Dimensions) Can Be Practical": error of the mean against dimension.
 
 Diakonikolas, Kamath, Kane, Li, Moitra, Stewart 2017 (ICML, arXiv 1703.00893). The published numbers are
-those of the authors' released code, run again with three seeds for every dimension.
+those of the authors' released code, written anew apart from ours, with three seeds for every dimension.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def trial(setting: Setting, seed: int, data_dir: Path | None) -> Mapping[str, fl
 def settings(quick: bool) -> list[Setting]:
     """MNIST and CIFAR-10 at 5 % and 10 % of the target's images; quick: part of MNIST, few epochs."""
     if quick:
-        small = {"dataset": "mnist", "fraction": 0.1, "pixels": 2, "examples": 8_000, "epochs": 2}
+        small = {"dataset": "mnist", "fraction": 0.1, "pixels": 2, "examples": 10_000, "epochs": 2}
         return [small]
     forms = {"mnist": (60_000, 4, 2), "cifar10": (50_000, 12, 3)}
     return [

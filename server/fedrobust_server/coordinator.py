@@ -180,7 +180,7 @@ class Coordinator(Reception):
             watch: is told of every finished round.
             metrics: are kept up to date.
         """
-        super().__init__(shards.write)
+        super().__init__(self._stored)
         task = config.task
         plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, task.seed)
         self._metrics, self._policy = metrics, parse_policy(config.quarantine)
@@ -386,7 +386,7 @@ class Coordinator(Reception):
             self._metrics.uploads.set(len(current.places))
         else:  # whoever was admitted since may be writing over it
             fault = fault or TAKEN_OVER
-        return self._answered(client, place.header, fault, (place.slot, outcome.norm))
+        return self._answered(client, place.header, fault, place, outcome.norm)
 
     def sent(self, count: int) -> None:
         """So many bytes of a model went out."""
@@ -427,14 +427,14 @@ class Coordinator(Reception):
         client: str,
         header: SubmitHeader,
         fault: Fault | None,
-        stored: tuple[int, float | None] = (0, None),
+        place: Place | None = None,
+        norm: float | None = None,
     ) -> Receipt:
         """Let the machine decide on a finished upload, record the answer, and phrase it."""
         event = machine.Submitted(client, header.round, fault)
         state, (answer, *rest) = machine.step(self._state, event)
         fault = answer.fault if isinstance(answer, machine.Refuse) else None
         status = Status.STATUS_ACCEPTED if fault is None else fault.status
-        slot, norm = stored
         record = Answer(
             round=min(header.round, 2**62),
             client=client,
@@ -454,15 +454,21 @@ class Coordinator(Reception):
         self._metrics.answered(record.status)
         if record.status in MALFORMED:
             self._round.malformed.add(client)
-        if fault is None and norm is not None:
+        if fault is None and place is not None and norm is not None:
             self._round.norms[client], self._round.digests[client] = norm, header.digest
             if self._weighs:
-                self._shards.complete(slot)
+                self._shards.complete(place.slot, place.ticket)
                 self._fold_soon()
         else:
             self._round.refused += 1
         self._perform(rest)
         return Receipt(status=status, reason=record.reason)
+
+    def _stored(self, slot: int, ticket: int, start: int, values: Floats) -> None:
+        """Some of an update is in the spool."""
+        self._shards.write(slot, start, values)
+        if self._weighs and len(self._round.places) == 1:
+            self._shards.follow(slot, ticket, start + len(values))
 
     def _fold_soon(self) -> None:
         """Have what has come in folded in when nothing more comes for a while."""

@@ -20,6 +20,10 @@ from fedrobust_server.spool import Floats, Spool
 
 T = TypeVar("T")
 
+Forward = Callable[[int, int, int, Floats], None]
+"""Is told of values that have been stored: the slot, the ticket of the admission that they came by, the
+first coordinate, and the values."""
+
 TAKEN_OVER = Fault(Status.STATUS_TRUNCATED, "another connection has taken this upload over")
 
 # Decompressing, hashing and storing leave the event loop to the other clients. Subnormal numbers, which
@@ -94,14 +98,13 @@ class Upload:
             await asyncio.wait([self.at_work])
         return self.generation == mine
 
-    def store(
-        self, chunk: Chunk, forward: Callable[[int, int, Floats], None]
-    ) -> asyncio.Future[tuple[int, Floats]]:
+    def store(self, chunk: Chunk, forward: Forward) -> asyncio.Future[tuple[int, Floats]]:
         """Begin to `take` a chunk in a thread, and to forward it then, as `receive`."""
+        ticket = self.ticket  # whoever takes over while this is stored has another one
 
         def pass_on(stored: asyncio.Future[tuple[int, Floats]]) -> None:
             if stored.exception() is None:
-                forward(self.slot, *stored.result())
+                forward(self.slot, ticket, *stored.result())
 
         self.at_work = asyncio.get_running_loop().run_in_executor(_WORKERS, self.take, chunk)
         # Whoever takes over waits for this, and is woken only after it has been passed on.
@@ -170,14 +173,14 @@ def unfit(header: SubmitHeader, size: int) -> Fault | None:
 async def receive(
     requests: AsyncIterator[SubmitRequest],
     upload: Upload,
-    forward: Callable[[int, int, Floats], None],
+    forward: Forward,
 ) -> Fault | None:
     """Take in what follows the header, until it ends or a later connection takes over.
 
     Args:
         requests: chunks.
         upload: continues where it stands.
-        forward: is given the slot, the first coordinate and the values of every chunk, in order.
+        forward: is told of every chunk, in order.
 
     Returns:
         What is wrong with the update, if anything is.

@@ -129,7 +129,7 @@ class Outpost(Reception):
 
     def __init__(self) -> None:
         """Ask nothing yet."""
-        super().__init__(lambda _slot, _start, _values: None)  # shards read the spool
+        super().__init__(lambda _slot, _ticket, _start, _values: None)  # shards read the spool
         torch.set_num_threads(1)
         self._numbers = itertools.count()
         self._asked: list[Question] = []

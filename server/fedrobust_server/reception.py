@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from fedrobust_proto.v1.federation_pb2 import (
     SubmitRequest,
 )
 
-from fedrobust_server.intake import TAKEN_OVER, Upload, read_header, receive
+from fedrobust_server.intake import TAKEN_OVER, Forward, Upload, read_header, receive
 from fedrobust_server.round import Fault
 from fedrobust_server.spool import Floats, Spool
 
@@ -94,11 +94,11 @@ LOST = Outcome(Fault(Status.STATUS_TRUNCATED, "the connection was lost in the mi
 class Reception(ABC):
     """Serves clients, by decisions that are made in subclasses. Its coroutines share an event loop."""
 
-    def __init__(self, forward: Callable[[int, int, Floats], None]) -> None:
+    def __init__(self, forward: Forward) -> None:
         """Begin with nothing.
 
         Args:
-            forward: is given the slot, the first coordinate and the values of every chunk.
+            forward: is told of every chunk.
         """
         self._forward = forward
         self._spool: Spool | None = None

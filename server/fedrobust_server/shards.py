@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from fedrobust import kernels
-from fedrobust.kernels import Block, Matrix
+from fedrobust.kernels import Block, Matrix, Vector
 from fedrobust_server import lifeline
 from fedrobust_server.spool import Floats, Identity, Spool, identity
 
@@ -34,10 +34,27 @@ from fedrobust_server.spool import Floats, Identity, Spool, identity
 _PIECE = 1 << 20
 # Updates that share a pass over those that are there: it takes hardly longer than for one.
 _BATCH = 8
+# A part of an update, in coordinates, that is worth a pass over the others before the rest has come.
+_STRIDE = 1 << 19
 # What a shard asks of Ray: nearly nothing, so that it finds its place beside all else.
 _CPU = 0.001
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """What is known of an update that is still coming in.
+
+    Attributes:
+        ticket: of the admission that it comes by; a later one may write over it.
+        width: how many coordinates of the slice are in.
+        inner: (w + 1,) float64 inner products of that part with the whole rows, and with itself.
+    """
+
+    ticket: int
+    width: int
+    inner: Vector
 
 
 class Shard:
@@ -58,7 +75,8 @@ class Shard:
         self._rows = torch.empty(0, len(model))
         self._inner: Matrix = np.empty((0, 0))
         self._whole: list[int] = []
-        self._fresh: deque[int] = deque()
+        self._fresh: deque[tuple[int, int]] = deque()
+        self._ahead: Ahead | None = None
         self._result: Tensor | None = None
 
     def ready(self) -> None:
@@ -79,15 +97,23 @@ class Shard:
                 mapped = np.memmap(path, "<f4", "r+", shape=(slots, total // slots))
                 self._rows = torch.from_numpy(mapped)[:, self._first : self._first + size]
             self._inner = np.zeros((slots, slots))
-            self._whole, self._fresh, self._result = [], deque(), None
+            self._whole, self._fresh, self._ahead, self._result = [], deque(), None, None
 
     def write(self, slot: int, start: int, values: Floats) -> None:
         """Take some coordinates of an update, counted from the start of this slice."""
         self._rows[slot, start : start + len(values)] = torch.from_numpy(values.copy())
 
-    def complete(self, slot: int) -> None:
+    def follow(self, slot: int, ticket: int, stop: int) -> None:
+        """Look at the part of an update that is there, up to a coordinate of the model.
+
+        If no other one becomes whole before it, that much has been done when it does.
+        """
+        with self._lock:
+            self._ahead = self._followed(slot, ticket, min(stop - self._first, len(self._model)))
+
+    def complete(self, slot: int, ticket: int) -> None:
         """The update in a slot is whole; `fold` will see it."""
-        self._fresh.append(slot)
+        self._fresh.append((slot, ticket))
 
     def fold(self) -> None:
         """Work out the inner products of the updates that have become whole.
@@ -98,12 +124,35 @@ class Shard:
             fresh = [self._fresh.popleft() for _ in range(len(self._fresh))]
             if not fresh:
                 return
-            new = self._block(fresh)
-            self._inner[np.ix_(fresh, fresh)] = kernels.gram(new)
-            for run in _runs(self._whole):
-                found = kernels.cross(Block(self._rows[run]), new)
-                self._inner[run, fresh], self._inner[fresh, run] = found, found.T
-            self._whole = sorted([*self._whole, *fresh])
+            slots = [slot for slot, _ in fresh]
+            ((slot, ticket), *others), ahead = fresh, self._ahead
+            if not others and ahead is not None and ahead.ticket == ticket:
+                *found, square = self._followed(slot, ticket, len(self._model)).inner
+                self._inner[self._whole, slot] = self._inner[slot, self._whole] = found
+                self._inner[slot, slot] = square
+            else:
+                self._fold(slots)
+            self._whole, self._ahead = sorted([*self._whole, *slots]), None
+
+    def _fold(self, slots: list[int]) -> None:
+        """The inner products of some rows among themselves, and with those that are whole."""
+        new = self._block(slots)
+        self._inner[np.ix_(slots, slots)] = kernels.gram(new)
+        for run in _runs(self._whole):
+            found = kernels.cross(Block(self._rows[run]), new)
+            self._inner[run, slots], self._inner[slots, run] = found, found.T
+
+    def _followed(self, slot: int, ticket: int, width: int) -> Ahead:
+        """So many coordinates of an update, by those that have been looked at and the rest."""
+        ahead = self._ahead
+        if ahead is None or ahead.ticket != ticket:
+            ahead = Ahead(ticket, 0, np.zeros(len(self._whole) + 1))
+        if width <= ahead.width:
+            return ahead
+        part = self._rows[:, ahead.width : width]
+        new = Block(part[slot : slot + 1])
+        crossed = [kernels.cross(Block(part[run]), new)[:, 0] for run in _runs(self._whole)]
+        return Ahead(ticket, width, ahead.inner + np.concatenate([*crossed, kernels.gram(new)[0]]))
 
     def gram(self, slots: Sequence[int]) -> Matrix:
         """This slice's part of the inner products of some whole updates."""
@@ -200,6 +249,8 @@ class Shards:
         self._actors: list[Any] = []
         self._group: PlacementGroup | None = None
         self._blind: list[tuple[Any, int, int]] = []
+        self._seeing: list[tuple[Any, int, int]] = []
+        self._told = 0, 0
         self._arriving: list[Any] = []
         self._folding: list[Any] = []
         self._unfolded = 0
@@ -251,7 +302,7 @@ class Shards:
         if self._group is not None:
             remove_placement_group(self._group)
         self._actors, self._group = [], None
-        self._blind, self._arriving, self._folding = [], [], []
+        self._blind, self._seeing, self._arriving, self._folding = [], [], [], []
 
     def open(self, spool: Spool) -> None:
         """Begin a round whose updates are, or will be, in this spool."""
@@ -260,6 +311,7 @@ class Shards:
         seen = lifeline.get([actor.sees.remote(path, file) for actor in self._actors])
         placed = list(zip(self._actors, self._bounds, seen, strict=True))
         self._blind = [(actor, *bounds) for actor, bounds, sees in placed if not sees]
+        self._seeing = [(actor, *bounds) for actor, bounds, sees in placed if sees]
         lifeline.get(
             [actor.open.remote(spool.slots, path if sees else None) for actor, _, sees in placed]
         )
@@ -279,11 +331,30 @@ class Shards:
         for start in range(0, self.size if self._blind else 0, _PIECE):
             self.write(slot, start, spool.read(slot, start, min(start + _PIECE, self.size)))
 
-    def complete(self, slot: int) -> None:
-        """The update in a slot is whole; every few of them are folded in, at once."""
+    def follow(self, slot: int, ticket: int, stop: int) -> None:
+        """Fold in an update as it comes in, up to a coordinate: one that comes alone.
+
+        Nothing is done while others wait to be folded in, as one pass will serve all of those.
+        """
+        ticket_before, told = self._told
+        told = told if ticket == ticket_before else 0
+        if self._unfolded or (stop - told < _STRIDE and stop < self.size):
+            return
+        self._told = ticket, stop
+        for actor, low, high in self._seeing:
+            if low < stop and told < high:
+                actor.follow.remote(slot, ticket, stop)
+
+    def complete(self, slot: int, ticket: int = 0) -> None:
+        """The update in a slot is whole; every few of them are folded in, at once.
+
+        Args:
+            slot: its place.
+            ticket: of its admission, if it may have been followed.
+        """
         for actor in self._actors:
             # In a group of its own it need not wait for the fold that is going on.
-            arrived = actor.complete.options(concurrency_group="arrivals").remote(slot)
+            arrived = actor.complete.options(concurrency_group="arrivals").remote(slot, ticket)
             self._arriving.append(arrived)
         self._unfolded += 1
         if self._unfolded == _BATCH:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from fedrobust_server.shards import Shards
+import torch
+from fedrobust_server.shards import Shard, Shards
 from fedrobust_server.spool import Floats, Spool
 from ray.exceptions import RayError
 
@@ -111,6 +112,98 @@ def test_the_gram_matrix_that_grew_is_the_one_of_all_rows(shards: Filled) -> Non
     lengths = np.linalg.norm(exact, axis=1)
     error = np.abs(shards.shards.gram(SLOTS) - exact @ exact.T) / np.outer(lengths, lengths)
     assert error.max() < 1e-6
+
+
+@pytest.fixture
+def as_it_was() -> Iterator[None]:
+    """A shard in this process changes what torch does in it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(threads)
+
+
+def followed(folder: Path, rows: Floats) -> tuple[Shard, Spool]:
+    """A shard of the middle of all coordinates, in which all rows but the last two are whole."""
+    spool = Spool.open(folder / "rows", len(rows), rows.shape[1])
+    first, size = 200, 600
+    shard = Shard(first, np.zeros(size, "f4"), np.zeros(size, "f4"), 1.0, 0.0, 1)
+    shard.open(len(rows), str(spool.path))
+    for slot in range(len(rows) - 2):
+        spool.write(slot, 0, rows[slot])
+        shard.complete(slot, slot + 1)
+    shard.fold()
+    return shard, spool
+
+
+def check_inner(shard: Shard, rows: Floats) -> None:
+    slots = list(range(len(rows)))
+    exact = rows[:, 200:800].astype(float)
+    lengths = np.linalg.norm(exact, axis=1)
+    error = np.abs(shard.gram(slots) - exact @ exact.T) / np.outer(lengths, lengths)
+    assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+def test_an_update_is_followed_as_it_comes_in(as_it_was: None, tmp_path: Path, scale: float) -> None:
+    rows = updates(5)
+    rows[-1] *= scale
+    shard, spool = followed(tmp_path, rows)
+    spool.write(N - 2, 0, rows[-2])
+    shard.complete(N - 2, 98)
+    shard.fold()
+    for stop in (100, 300, 301, 900, 1000):  # before the slice, within it, beyond it
+        spool.write(N - 1, 0, rows[-1, :stop])
+        shard.follow(N - 1, 99, stop)
+    shard.complete(N - 1, 99)
+    check_inner(shard, rows)
+
+
+def test_what_was_followed_does_not_count_for_another_update(as_it_was: None, tmp_path: Path) -> None:
+    rows = updates(6)
+    shard, spool = followed(tmp_path, rows)
+    spool.write(N - 1, 0, rows[0])  # given up half way, and then another one comes to its place
+    shard.follow(N - 1, 98, 500)
+    spool.write(N - 1, 0, rows[-1])
+    shard.follow(N - 1, 99, 400)
+    shard.follow(N - 1, 98, 600)  # told late of the one before
+    spool.write(N - 2, 0, rows[-2])
+    shard.complete(N - 2, 100)  # becomes whole first
+    shard.complete(N - 1, 99)
+    check_inner(shard, rows)
+
+
+def test_another_update_that_becomes_whole_first_is_not_missed(as_it_was: None, tmp_path: Path) -> None:
+    rows = updates(7)
+    shard, spool = followed(tmp_path, rows)
+    for slot in (N - 1, N - 2):
+        spool.write(slot, 0, rows[slot])
+    shard.follow(N - 1, 99, 500)
+    shard.complete(N - 2, 98)
+    shard.fold()
+    shard.follow(N - 1, 99, 700)
+    shard.complete(N - 1, 99)
+    check_inner(shard, rows)
+
+
+def test_only_an_update_that_comes_alone_is_followed(
+    shards: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = updates(8)
+    monkeypatch.setattr("fedrobust_server.shards._STRIDE", 100)
+    shards.begin(rows[:-1], SLOTS[:-1])
+    *_, slot = SLOTS
+    for start in range(0, D, 50):
+        shards.spool.write(slot, start, rows[-1, start : start + 50])
+        shards.shards.write(slot, start, rows[-1, start : start + 50])
+        shards.shards.follow(slot, 99, start + 50)
+        if start == 450:  # until here others wait
+            assert shards.shards._told == (0, 0)
+            shards.shards.fold()
+    assert shards.shards._told == (99, D)
+    shards.shards.complete(slot, 99)
+    exact = rows.astype(float) @ rows.astype(float).T
+    np.testing.assert_allclose(shards.shards.gram(SLOTS), exact, rtol=1e-5, atol=1e-3)
 
 
 def alive(actor: Any) -> bool:

@@ -116,7 +116,7 @@ def test_a_chunk_at_work_when_its_connection_dies_is_stored_passed_on_and_waited
                 yield part
             await asyncio.sleep(60)
 
-        work = receive(until_cut(), upload, lambda _slot, start, _values: passed_on.append(start))
+        work = receive(until_cut(), upload, lambda *stored: passed_on.append(stored[2]))
         receiving = asyncio.create_task(work)
         await asyncio.sleep(0.1)
         receiving.cancel()

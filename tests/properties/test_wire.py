@@ -75,7 +75,7 @@ def test_any_chunks_of_any_vector_in_any_encoding_arrive_as_it(
     with spool(len(vector)) as opened:
         upload, forwarded = Upload(head, 1, opened), np.full(len(vector), np.nan, np.float32)
 
-        def forward(_slot: int, start: int, values: Any) -> None:
+        def forward(_slot: int, _ticket: int, start: int, values: Any) -> None:
             forwarded[start : start + len(values)] = values
 
         assert asyncio.run(receive(stream(chunks), upload, forward)) is None

@@ -74,7 +74,7 @@ _ATTEMPTS = 4
 """How often a round is worked out before losing shards ends the run."""
 _LEAVING = "the server stops; come back later"
 _LULL = 0.3
-"""Seconds without an update after which those that are there are folded in."""
+"""Seconds without an update after which those that are there are folded in, and an upload is alone."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,8 @@ class Coordinator(Reception):
         self._judged: asyncio.Task[None] | None = None
         self._finished: asyncio.Future[None] | None = None
         self._folding: asyncio.TimerHandle | None = None
+        self._latest = 0, -math.inf  # ticket of the upload that was stored from last, and when
+        self._crowded = -math.inf  # when another one was, before it
 
     async def run(self) -> Floats:
         """Wait for clients, run all rounds, and return the final model.
@@ -467,7 +469,11 @@ class Coordinator(Reception):
     def _stored(self, slot: int, ticket: int, start: int, values: Floats) -> None:
         """Some of an update is in the spool."""
         self._shards.write(slot, start, values)
-        if self._weighs and len(self._round.places) == 1:
+        (latest, when), now = self._latest, asyncio.get_running_loop().time()
+        self._latest = ticket, now
+        if ticket != latest:
+            self._crowded = when
+        if self._weighs and now - self._crowded > _LULL:  # one pass for several would be cheaper
             self._shards.follow(slot, ticket, start + len(values))
 
     def _fold_soon(self) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedrobust.data.datasets import ENVIRONMENT_VARIABLE
 from fedrobust.errors import InputError
 
 
-def find_files(names: list[str], folder: str, data_dir: Path | None = None) -> list[Path] | None:
+def find_files(names: Sequence[str], folder: str, data_dir: Path | None = None) -> list[Path] | None:
     """The files of these names in one folder, or None where one of them is missing.
 
     Args:
@@ -24,7 +25,7 @@ def find_files(names: list[str], folder: str, data_dir: Path | None = None) -> l
     return None
 
 
-def need_files(names: list[str], folder: str, what: str, data_dir: Path | None = None) -> list[Path]:
+def need_files(names: Sequence[str], folder: str, what: str, data_dir: Path | None = None) -> list[Path]:
     """As `find_files`, but all must be there.
 
     Raises:
@@ -37,7 +38,7 @@ def need_files(names: list[str], folder: str, what: str, data_dir: Path | None =
     missing = next((n for n in names if not any((p / n).is_file() for p in tried)), ", ".join(names))
     looked = ", ".join(map(str, tried)) if tried else "nowhere, no directory was given"
     raise InputError(
-        f"{what} needs the file {missing}; looked in: {looked}; "
+        f"{what} needs the file {folder}/{missing}; looked in: {looked}; "
         f"give the directory with --data-dir or {ENVIRONMENT_VARIABLE}"
     )
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from fedrobust.attacks import Trigger
 from fedrobust.data import Dataset, load
-from fedrobust.reproductions.experiment import Experiment, Setting, Summary, Trial, grouped, table
+from fedrobust.reproductions.experiment import Experiment, Setting, Trial, grouped, table
 from fedrobust.statistics.spectral_signatures import SpectralSignatures
 
 if TYPE_CHECKING:
@@ -161,8 +161,7 @@ def _group(setting: Setting) -> tuple[str, float]:
 
 
 def _row(trials: Sequence[Trial], group: tuple[str, float], figures: Sequence[str]) -> list[str]:
-    nothing: dict[object, Summary] = {}
-    return [str((grouped(trials, _group, figure) or nothing).get(group, "")) for figure in figures]
+    return [str(grouped(trials, _group, figure)[group]) for figure in figures]
 
 
 def tables(trials: Sequence[Trial]) -> str:
@@ -183,7 +182,7 @@ def tables(trials: Sequence[Trial]) -> str:
     return "\n\n".join(pages)
 
 
-def draw(trials: Sequence[Trial]) -> Figure:
+def draw(trials: Sequence[Trial], _data: Path | None = None) -> Figure:
     """How often the stamp turns an image: with the backdoor, after each way to drop, on clean data."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (only figures need it)
 

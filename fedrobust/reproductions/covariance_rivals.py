@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import chi2
 
 from fedrobust.kernels import Matrix, Vector
+from fedrobust.reproductions import rivals as means
 
 
 def second_moment(rows: Matrix) -> Matrix:
@@ -70,7 +71,7 @@ def ransac(
 
 
 def lai_rao_vempala(rows: Matrix, eta: float) -> Matrix:
-    """(d, d) float64: the agnostic mean of x x^T.
+    """(d, d) float64: `rivals.lai_rao_vempala`, the agnostic mean, of x x^T.
 
     Source: Lai, Rao, Vempala, "Agnostic Estimation of Mean and Covariance", FOCS 2016 (arXiv
     1604.06968), for bounded fourth moments; fractions as in the authors' program. Deviation: it works on
@@ -84,31 +85,7 @@ def lai_rao_vempala(rows: Matrix, eta: float) -> Matrix:
     d = rows.shape[1]
     i, j = np.triu_indices(d)
     scale = np.where(i == j, 1.0, math.sqrt(2))  # so that distances are those of whole matrices
-    found = agnostic_mean(rows[:, i] * rows[:, j] * scale, eta) / scale
+    found = means.lai_rao_vempala(rows[:, i] * rows[:, j] * scale, eta) / scale
     covariance = np.zeros((d, d))
     covariance[i, j] = covariance[j, i] = found
     return covariance
-
-
-def agnostic_mean(rows: Matrix, eta: float) -> Vector:
-    """(k,) float64: the plain mean along quiet directions, the same again along the other half.
-
-    Source: as `lai_rao_vempala`. The plain mean is of the rows in a ball about the coordinates' median
-    that holds (1 - eta)^2 of them; in one dimension it is of the shortest such interval.
-
-    Args:
-        rows: (n, k) float64.
-        eta: the part that may be arbitrary.
-    """
-    n, k = rows.shape
-    part = (1 - eta) ** 2
-    if k == 1:
-        inside, ascending = math.floor(part * n), np.sort(rows[:, 0])
-        first = int(np.argmin(ascending[inside - 1 :] - ascending[: n - inside + 1]))
-        return np.asarray([ascending[first : first + inside].mean()])
-    radii = ((rows - np.median(rows, axis=0)) ** 2).sum(axis=1)
-    ball = rows[radii <= np.quantile(radii, part)]
-    _, directions = np.linalg.eigh(np.cov(ball.T))
-    quiet, loud = directions[:, : k // 2], directions[:, k // 2 :]
-    along = agnostic_mean(rows @ loud, eta)
-    return np.asarray(quiet @ (quiet.T @ ball.mean(axis=0)) + loud @ along)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fedrobust.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Group = TypeVar("Group", bound=Hashable)
 Setting = Mapping[str, Any]
 """One point of an experiment's grid: what JSON can hold."""
 
@@ -56,7 +57,7 @@ class Experiment:
         trial: measures one setting with one seed; the last argument is the data directory. Raises
             `InputError` if the data is not there.
         tables: Markdown of what the trials show, beside what was published.
-        draw: the figure of the same.
+        draw: the figure of the same; the last argument is the data directory.
         seeds: how many of the full form, and of the quick one.
     """
 
@@ -64,7 +65,7 @@ class Experiment:
     settings: Callable[[bool], Sequence[Setting]]
     trial: Callable[[Setting, int, Path | None], Mapping[str, float]]
     tables: Callable[[Sequence[Trial]], str]
-    draw: Callable[[Sequence[Trial]], Figure]
+    draw: Callable[[Sequence[Trial], Path | None], Figure]
     seeds: tuple[int, int] = (5, 1)
 
     def plan(self, *, quick: bool = False, seeds: int | None = None) -> list[Trial]:
@@ -111,16 +112,15 @@ class Experiment:
                     file.write(json.dumps(trial.__dict__) + "\n")
                     file.flush()
                 done.append(trial)
-        self.write(folder, done)
+        self.draw(done, data_dir).savefig(folder / "figure.png", dpi=150)
+        (folder / "README.md").write_text(self.page(done))
         return done
 
-    def write(self, folder: Path, trials: Sequence[Trial]) -> None:
-        """The page and the figure."""
-        self.draw(trials).savefig(folder / "figure.png", dpi=150)
+    def page(self, trials: Sequence[Trial]) -> str:
+        """Markdown, beside `figure.png`."""
         seconds = sum(trial.seconds for trial in trials)
-        page = f"# {self.title}\n\n{self.tables(trials)}\n\n![{self.title}](figure.png)\n\n"
-        page += f"{len(trials)} trials, {seconds:.0f} s in all.\n"
-        (folder / "README.md").write_text(page)
+        parts = [f"# {self.title}", self.tables(trials), f"![{self.title}](figure.png)"]
+        return "\n\n".join([*parts, f"{len(trials)} trials, {seconds:.0f} s in all.\n"])
 
 
 def read(path: Path) -> list[Trial]:
@@ -170,10 +170,10 @@ def summary(values: Iterable[float]) -> Summary:
 
 
 def grouped(
-    trials: Iterable[Trial], by: Callable[[Setting], Hashable], figure: str
-) -> dict[Hashable, Summary]:
+    trials: Iterable[Trial], by: Callable[[Setting], Group], figure: str
+) -> dict[Group, Summary]:
     """One figure over the seeds of each group of settings, in the order of the trials."""
-    groups: dict[Hashable, list[float]] = defaultdict(list)
+    groups: dict[Group, list[float]] = defaultdict(list)
     for trial in trials:
         if figure in trial.figures:
             groups[by(trial.setting)].append(trial.figures[figure])

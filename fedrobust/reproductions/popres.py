@@ -9,10 +9,8 @@ the numbers in `published/popres.csv` are recomputed: the authors' programs
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.covariance import MinCovDet
 
-from fedrobust.data.datasets import ENVIRONMENT_VARIABLE
+from fedrobust.data.files import need_files
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix
 from fedrobust.reproductions import covariance_rivals as rivals
@@ -43,6 +41,7 @@ EPS = 0.1
 DIMENSIONS = 20
 STEM = "POPRES_08_24_01.EuroThinFinal.LD_0.8.exLD.out0-PCA"
 FILES = (f"{STEM}.eigs", f"{STEM}.eval", "POPRESID_Color.txt", "colors.txt")
+ORIGIN = "github.com/NovembreLab/Novembre_etal_2008_misc; colors.txt: github.com/hoonose/robust-filter"
 ESTIMATORS = {
     "noisy": "plain",
     "filter": "filter",
@@ -102,16 +101,16 @@ def read_people(data_dir: Path | None) -> People:
     Raises:
         InputError: a file is missing or holds something else.
     """
-    folder = _folder(data_dir)
+    paths = need_files(FILES, "popres", f"POPRES ({ORIGIN})", data_dir)
+    folder = paths[0].parent
     try:
-        lines = [line.split() for line in (folder / FILES[0]).read_text().splitlines()[1:]]
-        components = np.array([line[2 : 2 + DIMENSIONS] for line in lines], float)
-        eigenvalues = np.loadtxt(folder / FILES[1])[:DIMENSIONS]
-        names = [line.split()[1] for line in (folder / FILES[2]).read_text().splitlines()]
-        table_of_colours = [line.split() for line in (folder / FILES[3]).read_text().splitlines()]
+        vectors, values, people, colour_table = (path.read_text().splitlines() for path in paths)
+        components = np.array([line.split()[2 : 2 + DIMENSIONS] for line in vectors[1:]], float)
+        eigenvalues = np.loadtxt(values)[:DIMENSIONS]
+        names = [line.split()[1] for line in people]
         palette = {
             name: (int(red) / 255, int(green) / 255, int(blue) / 255)
-            for name, red, green, blue in table_of_colours
+            for name, red, green, blue in map(str.split, colour_table)
         }
         rows, colours = components * eigenvalues, np.array([palette[name] for name in names])
         legend = {country: palette[name] for name, country in COUNTRIES.items()}
@@ -122,25 +121,6 @@ def read_people(data_dir: Path | None) -> People:
     if rows.shape != (len(colours), DIMENSIONS):
         raise InputError(f"{folder} has components of {len(rows)} people but colours of {len(colours)}")
     return People(rows, colours, legend)
-
-
-def _folder(data_dir: Path | None) -> Path:
-    if data_dir is None and os.environ.get(ENVIRONMENT_VARIABLE):
-        data_dir = Path(os.environ[ENVIRONMENT_VARIABLE])
-    places = [data_dir / "popres", data_dir] if data_dir else []
-    missing = {place: [name for name in FILES if not (place / name).is_file()] for place in places}
-    for place, names in missing.items():
-        if not names:
-            return place
-    nearest = min(missing, key=lambda place: len(missing[place]), default=None)
-    where = (
-        f"missing in {nearest}: {', '.join(missing[nearest])}" if nearest else "no directory was given"
-    )
-    raise InputError(
-        f"POPRES needs the files {', '.join(FILES)} in one directory; {where}; the first three are of "
-        "github.com/NovembreLab/Novembre_etal_2008_misc, the last of github.com/hoonose/robust-filter; "
-        f"give the directory with --data-dir or {ENVIRONMENT_VARIABLE}"
-    )
 
 
 def planted(people: int, rng: np.random.Generator) -> Matrix:
@@ -243,12 +223,12 @@ def tables(trials: Sequence[Trial]) -> str:
     return "\n\n".join([measures, table(["the filter drops", "rows"], counts), note])
 
 
-def draw(people: People, trials: Sequence[Trial]) -> Figure:
+def draw(trials: Sequence[Trial], data_dir: Path | None = None) -> Figure:
     """As figures 3 and 4, for the first seed: people by country, outliers black, the paper's axes."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
     from matplotlib.lines import Line2D  # noqa: PLC0415 (an extra)
 
-    seed = trials[0].seed
+    people, seed = read_people(data_dir), trials[0].seed
     rows, noise = drawn_up(people, seed)
     estimates = estimators(rows, noise, seed)
     both = np.vstack([rows, noise])
@@ -293,27 +273,11 @@ def _panel(axis: Any, scores: Matrix, colours: npt.NDArray[Any], shown: Mask) ->
     axis.tick_params(labelsize=7)
 
 
-@dataclass(frozen=True)
-class WithPeople(Experiment):
-    """An experiment whose figure shows the people themselves; without them it does not begin."""
-
-    def run(
-        self,
-        plan: Sequence[Trial],
-        folder: Path,
-        data_dir: Path | None = None,
-        watch: Callable[[str], None] = lambda _next: None,
-    ) -> list[Trial]:
-        """As `Experiment.run`."""
-        drawn = self.__dict__ | {"draw": partial(draw, read_people(data_dir))}
-        return Experiment(**drawn).run(plan, folder, data_dir, watch)
-
-
-EXPERIMENT = WithPeople(
+EXPERIMENT = Experiment(
     "POPRES: the map of Europe, figures 3 and 4 of Diakonikolas et al., ICML 2017",
     settings,
     trial,
     tables,
-    lambda trials: draw(read_people(None), trials),
+    draw,
     seeds=(5, 1),
 )

@@ -373,7 +373,7 @@ def _cell(found: Summary | None) -> str:
     return f"{found.mean:.3f}" + (f" ± {found.spread:.3f}" if found.count > 1 else "")
 
 
-def draw(trials: Sequence[Trial]) -> Figure:
+def draw(trials: Sequence[Trial], _data: Path | None = None) -> Figure:
     """For each kind of data, AUC against alpha, and below it of each detector."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (only for figures)
 

@@ -160,7 +160,7 @@ def tables(trials: Sequence[Trial]) -> str:
     return "\n\n".join([*pages, note])
 
 
-def draw(trials: Sequence[Trial]) -> Figure:
+def draw(trials: Sequence[Trial], _data: Path | None = None) -> Figure:
     """As figure 2: both cases, and below them what is near zero."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
 
@@ -185,7 +185,7 @@ def draw(trials: Sequence[Trial]) -> Figure:
 
 
 def _by_dimension(trials: Sequence[Trial], figure: str) -> Mapping[int, Summary]:
-    return {int(str(d)): s for d, s in grouped(trials, lambda s: s["d"], figure).items()}
+    return grouped(trials, lambda s: int(s["d"]), figure)
 
 
 def _beside(ours: Summary | None, theirs: Mapping[str, str], name: str) -> str:

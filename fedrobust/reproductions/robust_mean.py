@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -147,16 +147,16 @@ def _error(mean: Vector) -> float:
 
 
 def tables(trials: Sequence[Trial]) -> str:
-    """A row for every setting, and the published one under it where there is one."""
+    """A row for every setting, and that of the authors' code under it where there is one."""
     by = {name: grouped(trials, _point, name) for name in ("sampling", *ESTIMATORS)}
     theirs = {int(row["d"]): row for row in published("robust_mean")}
     rows: list[list[object]] = []
     for point, sampling in by["sampling"].items():
-        noise, d, n = cast("tuple[str, int, int]", point)
+        noise, d, n = point
         rows.append([noise, d, n, sampling, *(by[name].get(point, "") for name in ESTIMATORS)])
         if noise == "two parts" and d in theirs and n == published_size(d):
             cells = [theirs[d].get(PUBLISHED.get(name, ""), "") for name in ESTIMATORS]
-            rows.append(["as published", d, theirs[d]["N"], theirs[d]["sampling"], *cells])
+            rows.append(["authors' code", d, theirs[d]["N"], theirs[d]["sampling"], *cells])
     header = ["noise", "d", "n", "mean of the good rows", *ESTIMATORS]
     return "Distance from the true mean beyond that of the good rows' mean:\n\n" + table(header, rows)
 
@@ -165,7 +165,7 @@ def _point(setting: Setting) -> tuple[str, int, int]:
     return setting["noise"], setting["d"], setting["n"]
 
 
-def draw(trials: Sequence[Trial]) -> Figure:
+def draw(trials: Sequence[Trial], _data: Path | None = None) -> Figure:
     """Excess error against dimension: the published figure, then more dimensions, then other noises."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
 
@@ -182,7 +182,7 @@ def draw(trials: Sequence[Trial]) -> Figure:
         axes.set_xlabel("d")
         axes.set_ylabel("excess error")
     _draw_published(left)
-    left.set_title("two parts, n = 10 d / eps² (open: as published)")
+    left.set_title("two parts, n = 10 d / eps² (open: the authors' code)")
     middle.set_title("two parts, n = 10 d, at most 40 000")
     middle.set_xscale("log")
     middle.set_yscale("symlog", linthresh=0.1)
@@ -212,7 +212,7 @@ def _draw_noises(axes: Axes, trials: Sequence[Trial]) -> None:
     chosen = [t for t in trials if _point(t.setting)[1:] == (largest, published_size(largest))]
     for number, name in enumerate(ESTIMATORS):
         found = grouped(chosen, lambda setting: setting["noise"], name)
-        places = [list(NOISES).index(str(noise)) + 0.08 * (number - 3.5) for noise in found]
+        places = [list(NOISES).index(noise) + 0.08 * (number - 3.5) for noise in found]
         axes.plot(places, [s.mean for s in found.values()], "o", color=f"C{number}")
     axes.set_xticks(range(len(NOISES)), [name.replace(" ", "\n") for name in NOISES])
     axes.set_yscale("symlog", linthresh=0.1)

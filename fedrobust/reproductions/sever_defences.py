@@ -6,7 +6,6 @@ thresholds of the code they published (github.com/hoonose/sever).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fedrobust.data.datasets import ENVIRONMENT_VARIABLE
+from fedrobust.data.files import need_files
 from fedrobust.errors import InputError
 from fedrobust.kernels import Vector
 from fedrobust.statistics.severing import Gradients, sever
@@ -143,22 +142,13 @@ def read(name: str, data_dir: Path | None) -> dict[str, Any]:
     """The arrays of one file of the authors' data.
 
     Args:
-        name: of the file, from the folder "sever" in the data directory.
+        name: of the file, in the folder "sever" of the data directory or there itself.
         data_dir: None is the directory that FEDROBUST_DATA names.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
     """
-    if data_dir is None and os.environ.get(ENVIRONMENT_VARIABLE):
-        data_dir = Path(os.environ[ENVIRONMENT_VARIABLE])
-    places = [data_dir / "sever" / name, data_dir / name] if data_dir else []
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        looked = ", ".join(map(str, places)) or "nowhere, no directory was given"
-        raise InputError(
-            f"the file sever/{name} is needed (data of arXiv 1803.02815); looked for: {looked}; "
-            f"give the directory with --data-dir or {ENVIRONMENT_VARIABLE}"
-        )
+    (path,) = need_files([name], "sever", "SEVER's data (arXiv 1803.02815)", data_dir)
     try:
         with np.load(path) as arrays:
             return dict(arrays)

@@ -6,7 +6,7 @@ the authors published (github.com/hoonose/sever), and `published/sever_qsar.csv`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -212,7 +212,7 @@ def _published(data: str) -> dict[tuple[float, str], float]:
 
 def _verdict(trials: Sequence[Trial], theirs: dict[tuple[float, str], float]) -> str:
     ours = {
-        defence: {float(str(eps)): found.mean for eps, found in _by_eps(trials, defence).items()}
+        defence: {eps: found.mean for eps, found in _by_eps(trials, defence).items()}
         for defence in ("uncorrupted", *DEFENCES)
     }
     # Each in units of the clean error: synthetic data are drawn anew, and differ in that.
@@ -231,11 +231,11 @@ def _verdict(trials: Sequence[Trial], theirs: dict[tuple[float, str], float]) ->
     )
 
 
-def _by_eps(trials: Sequence[Trial], defence: str) -> dict[Hashable, Summary]:
-    return grouped(trials, lambda setting: setting["eps"], defence)
+def _by_eps(trials: Sequence[Trial], defence: str) -> dict[float, Summary]:
+    return grouped(trials, lambda setting: float(setting["eps"]), defence)
 
 
-def draw(trials: Sequence[Trial]) -> Figure:
+def draw(trials: Sequence[Trial], _data: Path | None = None) -> Figure:
     """A panel a data set: ours in full lines, the published ones dashed."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra of the package)
 
@@ -246,10 +246,9 @@ def draw(trials: Sequence[Trial]) -> Figure:
         some = [trial for trial in trials if trial.setting["data"] == name]
         for defence in ("uncorrupted", *DEFENCES):
             ours = _by_eps(some, defence)
-            eps = [float(str(key)) for key in ours]
             color = COLORS[defence]
             panel.errorbar(
-                eps,
+                list(ours),
                 [found.mean for found in ours.values()],
                 [found.spread for found in ours.values()],
                 color=color,

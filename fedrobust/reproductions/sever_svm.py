@@ -282,7 +282,6 @@ def tables(trials: Sequence[Trial]) -> str:
         ours = [
             [f"ours, reach {key[0]}", key[1], *(str(found[d][key]) for d in DEFENCES)]
             for key in found["none"]
-            if isinstance(key, tuple)
         ]
         clean = grouped(others, lambda _: "", "uncorrupted")[""]
         parts += [
@@ -335,7 +334,7 @@ def _verdict(mails: Sequence[Trial]) -> str:
     )
 
 
-def draw(trials: Sequence[Trial]) -> Figure:
+def draw(trials: Sequence[Trial], _data: Path | None = None) -> Figure:
     """A panel a target on Enron, ours in full lines and the published ones dashed; and the synthetic."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra of the package)
 
@@ -354,9 +353,8 @@ def draw(trials: Sequence[Trial]) -> Figure:
     for d in DEFENCES:
         ours = grouped(others, lambda s: (s["eps"], s["reach"]), d)
         worst: dict[float, float] = {}
-        for key, found in ours.items():
-            if isinstance(key, tuple):
-                worst[key[0]] = max(worst.get(key[0], 0.0), found.mean)
+        for (eps, _), found in ours.items():
+            worst[eps] = max(worst.get(eps, 0.0), found.mean)
         panels[-1].plot(list(worst), list(worst.values()), color=COLORS[d], marker=".", label=d)
     panels[-1].set(title="synthetic,\nthe worse of our attacks for each")
     ticks = sorted({trial.setting["eps"] for trial in trials})

@@ -48,14 +48,15 @@ class _Module(BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
         self.weight_decay = weight_decay
         self.steps = steps
 
-    def _descend(self, inputs: Tensor, targets: Tensor, sample_weight: npt.ArrayLike | None) -> None:
+    def _descend(
+        self, loss: Loss, inputs: Tensor, targets: Tensor, sample_weight: npt.ArrayLike | None
+    ) -> None:
         shares = np.ones(len(inputs)) if sample_weight is None else np.asarray(sample_weight, np.float64)
         if shares.shape != (len(inputs),) or not shares.sum() > 0:
             raise InputError(
                 f"sample_weight must be {len(inputs)} numbers of positive sum, got shape {shares.shape}"
             )
         weights = torch.as_tensor(shares / shares.sum(), dtype=inputs.dtype)
-        loss = self._loss
         each = vmap(lambda output, target: loss(output[None], target[None]))
         # In evaluation mode throughout, so that what is fitted is what the gradients are taken of.
         module = self.module_.eval()
@@ -70,10 +71,6 @@ class _Module(BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
             return value
 
         descent.step(objective)  # type: ignore[no-untyped-call]
-
-    @property
-    def _loss(self) -> Loss:
-        raise NotImplementedError
 
     def _start(self) -> None:
         if self.module is None:
@@ -106,7 +103,7 @@ class ModuleRegressor(RegressorMixin, _Module):  # type: ignore[misc] # scikit-l
         """Fit to (n, d) X and (n,) y under (n,) weights."""
         inputs, targets = validate_data(self, X, y, y_numeric=True)
         self._start()
-        self._descend(self._tensor(inputs), self._tensor(targets), sample_weight)
+        self._descend(self._loss, self._tensor(inputs), self._tensor(targets), sample_weight)
         return self
 
     def predict(self, X: npt.ArrayLike) -> Vector:
@@ -136,7 +133,7 @@ class ModuleClassifier(ClassifierMixin, _Module):  # type: ignore[misc] # scikit
         inputs, labels = validate_data(self, X, y)
         self.classes_, targets = np.unique(labels, return_inverse=True)
         self._start()
-        self._descend(self._tensor(inputs), torch.as_tensor(targets), sample_weight)
+        self._descend(self._loss, self._tensor(inputs), torch.as_tensor(targets), sample_weight)
         return self
 
     def decision_function(self, X: npt.ArrayLike) -> Matrix:

@@ -310,7 +310,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest
         load_cifar10("trane", tmp_path)
     monkeypatch.setenv("FEDROBUST_DATA", str(tmp_path))
     (tmp_path / "sherlock.txt").write_text("once")
-    with pytest.raises(InputError, match=r"needs the file sherlock_whiten\.txt"):
+    with pytest.raises(InputError, match=r"needs the file que/sherlock_whiten\.txt"):
         que.texts(None)
     (tmp_path / "cifar10_jpeg.npz").write_bytes(b"PK no more")
     with pytest.raises(InputError, match="cannot be read"):

@@ -27,7 +27,7 @@ def counting(ran: list[tuple[int, int]], stop_at: int = 99) -> Experiment:
         lambda quick: [{"x": x} for x in range(1 if quick else 3)],
         trial,
         lambda trials: table(["x", "y"], grouped(trials, lambda s: s["x"], "y").items()),
-        lambda _trials: Figure(),
+        lambda _trials, _data: Figure(),
         seeds=(2, 1),
     )
 

@@ -197,11 +197,6 @@ def test_pruning_takes_what_is_far() -> None:
     assert np.abs(rivals.pruned(rows) - np.eye(10)).max() < 0.2
 
 
-def test_the_agnostic_mean_of_one_column_is_of_the_shortest_interval() -> None:
-    column = np.array([[0.0], [0.1], [0.2], [0.3], [9.0], [-9.0]])
-    np.testing.assert_allclose(rivals.agnostic_mean(column, 0.18), [0.15])
-
-
 def test_the_experiment_in_small() -> None:
     plan = [t for t in EXPERIMENT.plan(quick=True) if t.setting["d"] == 10]
     trials = [

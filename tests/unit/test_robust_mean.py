@@ -16,7 +16,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from fedrobust import InputError, Verdict
 from fedrobust.kernels import Matrix
 from fedrobust.reproductions.experiment import Trial
-from fedrobust.reproductions.rivals import geometric_median
+from fedrobust.reproductions.rivals import geometric_median, lai_rao_vempala
 from fedrobust.reproductions.robust_mean import ESTIMATORS, EXPERIMENT, NOISES, published_size
 from fedrobust.statistics import RobustMean
 from fedrobust.statistics import tail_filter as tails
@@ -239,3 +239,8 @@ def test_the_geometric_median_is_where_unit_vectors_cancel() -> None:
     X = sample(500, 4)
     away = X - geometric_median(X, steps=1000)
     assert np.linalg.norm((away / np.linalg.norm(away, axis=1, keepdims=True)).mean(axis=0)) < 1e-4
+
+
+def test_the_agnostic_mean_of_one_column_is_of_the_shortest_interval() -> None:
+    column = np.array([[0.0], [0.1], [0.2], [0.3], [9.0], [-9.0]])
+    np.testing.assert_allclose(lai_rao_vempala(column, 0.19), [0.15])

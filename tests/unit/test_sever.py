@@ -435,7 +435,7 @@ def test_absent_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDROBUST_DATA", raising=False)
     with pytest.raises(InputError, match=r"sever/qsar\.npz.*no directory.*--data-dir or FEDROBUST_DATA"):
         sever_regression.trial({"data": "qsar", "eps": 0.05}, 0, None)
-    with pytest.raises(InputError, match=r"eps10_grad\.npz.*looked for: .*--data-dir"):
+    with pytest.raises(InputError, match=r"eps10_grad\.npz.*looked in: .*--data-dir"):
         sever_svm.enron_attack({"eps": 0.01, "suite": "grad", "attack": 8}, tmp_path)
     (tmp_path / "qsar.npz").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="cannot be read"):

@@ -47,6 +47,7 @@ from fedrobust.training import Evaluation, Manifest
 from fedrobust_server import lifeline
 from fedrobust_server import round as machine
 from fedrobust_server.config import RunConfig
+from fedrobust_server.folding import Folding
 from fedrobust_server.intake import TAKEN_OVER, unfit
 from fedrobust_server.ledger import Answer, Ledger, Standing
 from fedrobust_server.metrics import Metrics
@@ -73,8 +74,6 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 4
 """How often a round is worked out before losing shards ends the run."""
 _LEAVING = "the server stops; come back later"
-_LULL = 0.3
-"""Seconds without an update after which those that are there are folded in, and an upload is alone."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,7 @@ class Coordinator(Reception):
             metrics: are kept up to date.
         """
         super().__init__(self._stored)
+        self._folding = Folding(shards)
         task = config.task
         plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, task.seed)
         self._metrics, self._policy = metrics, parse_policy(config.quarantine)
@@ -207,9 +207,6 @@ class Coordinator(Reception):
         self._recorded: asyncio.Task[None] | None = None
         self._judged: asyncio.Task[None] | None = None
         self._finished: asyncio.Future[None] | None = None
-        self._folding: asyncio.TimerHandle | None = None
-        self._latest = 0, -math.inf  # ticket of the upload that was stored from last, and when
-        self._crowded = -math.inf  # when another one was, before it
 
     async def run(self) -> Floats:
         """Wait for clients, run all rounds, and return the final model.
@@ -459,8 +456,7 @@ class Coordinator(Reception):
         if fault is None and place is not None and norm is not None:
             self._round.norms[client], self._round.digests[client] = norm, header.digest
             if self._weighs:
-                self._shards.complete(place.slot, place.ticket)
-                self._fold_soon()
+                self._folding.whole(place.slot, place.ticket)
         else:
             self._round.refused += 1
         self._perform(rest)
@@ -469,19 +465,8 @@ class Coordinator(Reception):
     def _stored(self, slot: int, ticket: int, start: int, values: Floats) -> None:
         """Some of an update is in the spool."""
         self._shards.write(slot, start, values)
-        (latest, when), now = self._latest, asyncio.get_running_loop().time()
-        self._latest = ticket, now
-        if ticket != latest:
-            self._crowded = when
-        if self._weighs and now - self._crowded > _LULL:  # one pass for several would be cheaper
-            self._shards.follow(slot, ticket, start + len(values))
-
-    def _fold_soon(self) -> None:
-        """Have what has come in folded in when nothing more comes for a while."""
-        if self._folding is not None:
-            self._folding.cancel()
-        loop = asyncio.get_running_loop()
-        self._folding = loop.call_later(_LULL, self._shards.fold)
+        if self._weighs:
+            self._folding.stored(slot, ticket, start, values)
 
     def _happened(self, event: machine.Event) -> None:
         self._state, actions = machine.step(self._state, event)

@@ -32,10 +32,8 @@ from fedrobust_server.spool import Floats, Identity, Spool, identity
 
 # Coordinates sent at a time to shards that cannot see the spool.
 _PIECE = 1 << 20
-# Updates that share a pass over those that are there: it takes hardly longer than for one.
-_BATCH = 8
-# A part of an update, in coordinates, that is worth a pass over the others before the rest has come.
-_STRIDE = 1 << 19
+BATCH = 8
+"""Updates that share a pass over those that are there: it takes hardly longer than for one."""
 # What a shard asks of Ray: nearly nothing, so that it finds its place beside all else.
 _CPU = 0.001
 
@@ -250,10 +248,8 @@ class Shards:
         self._group: PlacementGroup | None = None
         self._blind: list[tuple[Any, int, int]] = []
         self._seeing: list[tuple[Any, int, int]] = []
-        self._told = 0, 0
         self._arriving: list[Any] = []
         self._folding: list[Any] = []
-        self._unfolded = 0
 
     def start(self, model: Floats, velocity: Floats) -> None:
         """Start one Ray actor a shard, on as many nodes as there are; ends those that there were.
@@ -331,22 +327,14 @@ class Shards:
         for start in range(0, self.size if self._blind else 0, _PIECE):
             self.write(slot, start, spool.read(slot, start, min(start + _PIECE, self.size)))
 
-    def follow(self, slot: int, ticket: int, stop: int) -> None:
-        """Fold in an update as it comes in, up to a coordinate: one that comes alone.
-
-        Nothing is done while others wait to be folded in, as one pass will serve all of those.
-        """
-        ticket_before, told = self._told
-        told = told if ticket == ticket_before else 0
-        if self._unfolded or (stop - told < _STRIDE and stop < self.size):
-            return
-        self._told = ticket, stop
+    def follow(self, slot: int, ticket: int, start: int, stop: int) -> None:
+        """Fold in some coordinates of an update that is still coming in, by its admission's ticket."""
         for actor, low, high in self._seeing:
-            if low < stop and told < high:
+            if low < stop and start < high:
                 actor.follow.remote(slot, ticket, stop)
 
     def complete(self, slot: int, ticket: int = 0) -> None:
-        """The update in a slot is whole; every few of them are folded in, at once.
+        """The update in a slot is whole, and can be folded in.
 
         Args:
             slot: its place.
@@ -356,13 +344,9 @@ class Shards:
             # In a group of its own it need not wait for the fold that is going on.
             arrived = actor.complete.options(concurrency_group="arrivals").remote(slot, ticket)
             self._arriving.append(arrived)
-        self._unfolded += 1
-        if self._unfolded == _BATCH:
-            self.fold()
 
     def fold(self) -> None:
         """Fold in what has become whole, while others arrive."""
-        self._unfolded = 0
         self._folding += [actor.fold.remote() for actor in self._actors]
 
     def backlog(self) -> int:
@@ -375,10 +359,12 @@ class Shards:
 
     def replay(self, spool: Spool, slots: Sequence[int]) -> None:
         """Give shards that have just begun a round the updates that are in its spool already."""
-        for slot in slots:
+        for number, slot in enumerate(slots, start=1):
             self.send(spool, slot)
             self._arrived()  # so that what is on its way does not fill Ray's memory
             self.complete(slot)
+            if number % BATCH == 0 or number == len(slots):
+                self.fold()
 
     def gram(self, slots: Sequence[int]) -> Matrix:
         """(n, n) float64 inner products of the whole updates in these slots."""

@@ -186,21 +186,16 @@ def test_another_update_that_becomes_whole_first_is_not_missed(as_it_was: None, 
     check_inner(shard, rows)
 
 
-def test_only_an_update_that_comes_alone_is_followed(
-    shards: Filled, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_follow_what_they_see(shards: Filled) -> None:
     rows = updates(8)
-    monkeypatch.setattr("fedrobust_server.shards._STRIDE", 100)
     shards.begin(rows[:-1], SLOTS[:-1])
+    shards.shards.fold()
     *_, slot = SLOTS
-    for start in range(0, D, 50):
-        shards.spool.write(slot, start, rows[-1, start : start + 50])
-        shards.shards.write(slot, start, rows[-1, start : start + 50])
-        shards.shards.follow(slot, 99, start + 50)
-        if start == 450:  # until here others wait
-            assert shards.shards._told == (0, 0)
-            shards.shards.fold()
-    assert shards.shards._told == (99, D)
+    for start in range(0, D, 250):
+        part = rows[-1, start : start + 250]
+        shards.spool.write(slot, start, part)
+        shards.shards.write(slot, start, part)
+        shards.shards.follow(slot, 99, start, start + 250)
     shards.shards.complete(slot, 99)
     exact = rows.astype(float) @ rows.astype(float).T
     np.testing.assert_allclose(shards.shards.gram(SLOTS), exact, rtol=1e-5, atol=1e-3)

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Tests of whole processes wait a lot: one more at a time than there are cores.
+JOBS   ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 5))')
 READY  := $(VENV)/.ready
 
 .PHONY: demo test test-slow bench lint format proto clean setup
@@ -18,7 +20,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -156,8 +156,10 @@ class Summary:
     count: int
 
     def __str__(self) -> str:
-        """As a table shows it."""
-        return "" if not self.count else f"{self.mean:.3g} ± {self.spread:.2g}"
+        """As a table shows it; one value has no spread."""
+        if not self.count:
+            return ""
+        return f"{self.mean:.3g}" + (f" ± {self.spread:.2g}" if self.count > 1 else "")
 
 
 def summary(values: Iterable[float]) -> Summary:

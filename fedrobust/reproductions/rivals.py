@@ -112,7 +112,7 @@ def lai_rao_vempala(X: Rows, eps: float) -> Vector:
     near = squares <= np.partition(squares, held - 1)[held - 1]
     mean = _mean(X, near.astype(X.dtype))
     _, vectors = eigh(_covariance(X, near, mean))
-    lower, upper = np.split(vectors, [d - d // 2], axis=1)
+    lower, upper = np.split(vectors, [d // 2], axis=1)
     above = lai_rao_vempala(X @ upper.astype(X.dtype), eps)
     return np.asarray(lower @ (lower.T @ mean) + upper @ above)
 

@@ -57,7 +57,8 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_summaries() -> None:
-    assert str(summary([1.0, math.nan])) == "1 ± 0"
+    assert str(summary([1.0, math.nan])) == "1"
+    assert str(summary([1.0, 1.0])) == "1 ± 0"
     assert str(summary([])) == ""
     trials = [Trial({"d": 1}, seed, {"e": float(seed)}, 0.0) for seed in range(3)]
     assert grouped(trials, lambda s: s["d"], "e")[1].mean == 1

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Tests of whole processes wait a lot: one more at a time than there are cores.
+# Tests of whole processes wait a lot: one more at a time than there are cores. Each keeps to one thread
+# of linear algebra, or they would wait for each other's.
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 5))')
 READY  := $(VENV)/.ready
 
@@ -20,7 +21,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -32,7 +33,7 @@ lint: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --verbose
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff check --quiet --fix .

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,15 @@ from fedrobust_server.launch import federation
 from fedrobust_server.runs import RunFolder
 from safetensors.numpy import load_file
 
+from fedrobust.cli import main
 from fedrobust.training import Task
 
-COMMAND = [sys.executable, "-m", "fedrobust.cli"]
+from .processes import COMMAND, clients, process
+
+CLIENTS, ROUNDS = 4, [1, 2, 3, 4]
 RUN = [
-    *("--clients", "6", "--malicious", "1", "--attack", "ipm", "--rounds", "4", "--model", "softmax"),
-    *("--momentum", "0.5", "--eps", "0.2", "--checkpoint-every", "2"),
+    *("--clients", str(CLIENTS), "--malicious", "1", "--attack", "ipm", "--rounds", str(len(ROUNDS))),
+    *("--model", "softmax", "--momentum", "0.5", "--eps", "0.25", "--checkpoint-every", "2"),
 ]
 
 
@@ -37,39 +37,26 @@ def simulated(folder: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@contextlib.contextmanager
-def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A `fedrobust` process in a session of its own, which does not outlive the test."""
-    # Where the tests run in the background, Ctrl-C is ignored, and children would inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    started = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    signal.signal(signal.SIGINT, before)
-    with started:
-        try:
-            yield started
-        finally:
-            started.kill()
-
-
 def over_grpc(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """A malicious and an honest client in processes of their own, and the others."""
     serve = ("serve", "--json", "--bind", "127.0.0.1:0", "--runs-dir", str(folder))
-    with process(*serve, *RUN, *options) as server, contextlib.ExitStack() as stack:
+    with process(*serve, *RUN, *options) as server:
         assert server.stdout
         address = json.loads(server.stdout.readline())["listening"]
-        clients = []
-        for i in range(6):
-            rogue = ("--attack", "ipm", "--malicious", "1") if i < 1 else ()
-            clients.append(
-                stack.enter_context(process("client", "--server", address, "--id", str(i), *rogue))
-            )
-        lines = [json.loads(line) for line in server.stdout]
-        assert server.wait(30) == 0
-        for client in clients:
-            output, _ = client.communicate(timeout=30)
-            assert client.returncode == 0
-            assert output.splitlines() == [f"round {r}: accepted" for r in range(1, 5)]
+        alone = ("client", "--server", address, "--id")
+        with (
+            process(*alone, "0", "--attack", "ipm", "--malicious", "1") as rogue,
+            process(*alone, "1") as honest,
+            clients(address, range(2, CLIENTS)) as others,
+        ):
+            lines = [json.loads(line) for line in server.stdout]
+            assert server.wait(30) == 0
+            for client in (rogue, honest):
+                output, _ = client.communicate(timeout=30)
+                assert client.returncode == 0
+                assert output.splitlines() == [f"round {r}: accepted" for r in ROUNDS]
+            others.leave()
+            assert others.told == [ROUNDS] * (CLIENTS - 2)
     return lines
 
 
@@ -85,8 +72,8 @@ def test_processes_and_simulation_end_at_the_same_model(tmp_path: Path) -> None:
     }
     for run, told in lines.items():
         *rounds, summary = told
-        assert [line["round"] for line in rounds] == [1, 2, 3, 4]
-        assert summary["updates_accepted"] == 24
+        assert [line["round"] for line in rounds] == ROUNDS
+        assert summary["updates_accepted"] == CLIENTS * len(ROUNDS)
         assert summary["malicious_weight"] < 0.02
         assert Path(summary["report"]).is_file()
         assert (tmp_path / run / "config.toml").is_file()
@@ -125,11 +112,14 @@ def in_process(folder: Path, run: str, seed: int) -> dict[str, Any]:
     return model(folder, run, 2)
 
 
-def test_a_malformed_attack_costs_only_the_attackers(tmp_path: Path) -> None:
-    *rounds, summary = simulated(tmp_path, "--run", "nan", "--attack", "nan", "--malicious", "2")
-    assert [line["refused"] for line in rounds] == [2] * 4
-    assert summary["updates_refused"] == 8
-    assert summary["rounds_aggregated"] == 4
+def test_a_malformed_attack_costs_only_the_attackers(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ("--json", "--runs-dir", str(tmp_path), "--run", "nan", "--workers", "1")
+    assert main(["simulate", *here, *RUN, "--attack", "nan"]) == 0
+    *rounds, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [line["refused"] for line in rounds] == [1] * len(ROUNDS)
+    assert summary["updates_refused"] == summary["rounds_aggregated"] == len(ROUNDS)
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])

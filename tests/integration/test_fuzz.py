@@ -16,7 +16,6 @@ import signal
 import sqlite3
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from .test_federation import process
+from .processes import loop_in_a_thread, process
 
 D = 650  # softmax regression on digits
 HONEST, HOSTILE = 3, 2
@@ -448,20 +447,6 @@ class _Going:
 # ---- what must hold -------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def loop_in_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop that goes on while hypothesis thinks."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
 def fuzz(folder: Path, examples: int, *, derandomize: bool) -> dict[str, Any]:
     """Play so many scripts against a server, check what must hold, and tell what happened."""
     log = folder / "log.jsonl"
@@ -473,7 +458,9 @@ def fuzz(folder: Path, examples: int, *, derandomize: bool) -> dict[str, Any]:
 
         assert server.stdout
         battle = Battle(json.loads(server.stdout.readline())["listening"])
-        reading = threading.Thread(target=server.stdout.read)  # a full pipe would stop the server
+        reading = threading.Thread(
+            target=server.stdout.read, daemon=True
+        )  # a full pipe would stop the server
         reading.start()
         wait(battle.begin())
         resident = [psutil.Process(server.pid).memory_info().rss]
@@ -500,7 +487,7 @@ def fuzz(folder: Path, examples: int, *, derandomize: bool) -> dict[str, Any]:
         wait(battle.end())
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
-        reading.join()
+        reading.join(60)
     problems = [line for line in log.read_text().splitlines() if json.loads(line)["level"] != "warning"]
     assert not problems, problems[:3]
     warm = resident[len(resident) // 4]

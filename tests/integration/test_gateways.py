@@ -38,8 +38,9 @@ from fedrobust_server.security import Security
 from fedrobust import InputError
 from fedrobust.training import Task
 
+from .processes import process
 from .test_door import BYTES, GOOD, chunk, enrol, header, requests, submit
-from .test_federation import model, process
+from .test_federation import model
 
 CLIENTS = 6
 LOOPBACK = Front("127.0.0.1:0")

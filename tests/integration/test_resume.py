@@ -12,7 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from fedrobust_server.runs import RunFolder
 
 from fedrobust.cli import main
 
-from .test_federation import COMMAND, model, process
+from .processes import COMMAND, Clients, clients, process, wait_for
+from .test_federation import model
 
 CLIENTS, ROUNDS = 4, 4
 RUN = [
@@ -43,12 +44,9 @@ def free_port() -> int:
         return port
 
 
-@contextlib.contextmanager
-def clients(port: int) -> Iterator[list[subprocess.Popen[str]]]:
+def attending(port: int) -> contextlib.AbstractContextManager[Clients]:
     """All clients of the federation, which wait for their server as long as it takes."""
-    with contextlib.ExitStack() as stack:
-        address = ("--server", f"127.0.0.1:{port}", "--patience", "120")
-        yield [stack.enter_context(process("client", *address, "--id", str(i))) for i in range(CLIENTS)]
+    return clients(f"127.0.0.1:{port}", range(CLIENTS), patience=120)
 
 
 def serve(folder: Path, port: int) -> list[str]:
@@ -86,11 +84,10 @@ def run_through(
         kind: the signal.
     """
     port = free_port()
-    with clients(port) as running:
+    with attending(port) as there:
         for count, delay in kills:
             with process(*serve(folder, port)) as server:
-                while server.poll() is None and acknowledgements(folder) < count:
-                    time.sleep(0.005)
+                wait_for(lambda enough=count: acknowledgements(folder) >= enough, server)
                 time.sleep(delay)
                 server.send_signal(kind)
                 server.wait(60)
@@ -100,12 +97,9 @@ def run_through(
         with process(*serve(folder, port)) as server:
             server.communicate(timeout=120)
             assert server.returncode == 0
-        for client in running:
-            output, _ = client.communicate(timeout=30)
-            assert client.returncode == 0, output
-            told = [line for line in output.splitlines() if "accepted" in line]
-            # A receipt may be lost with the server; it is never followed by a second update.
-            assert len(told) == len(set(told))
+        there.leave()
+        for rounds in there.told:  # a receipt may be lost with the server; no second update follows it
+            assert len(rounds) == len(set(rounds))
     if kills:
         after = rows(folder, "SELECT round, client, digest FROM answers WHERE status = 'ACCEPTED'")
         assert set(before) <= set(after)
@@ -188,10 +182,9 @@ def test_whoever_still_has_the_file_of_an_open_round_cannot_write_into_the_resum
 @pytest.mark.slow
 def test_a_gateway_that_outlives_its_server_changes_nothing(tmp_path: Path, uninterrupted: Path) -> None:
     port = free_port()
-    with clients(port) as running:
+    with attending(port) as there:
         with process(*serve(tmp_path, port), "--gateways", "2") as server:
-            while acknowledgements(tmp_path) < 2:
-                time.sleep(0.005)
+            wait_for(lambda: acknowledgements(tmp_path) >= 2, server)
             server.kill()
             server.wait()
         (path,) = (tmp_path / "kept" / "spool").glob("*.rows")
@@ -208,8 +201,7 @@ def test_a_gateway_that_outlives_its_server_changes_nothing(tmp_path: Path, unin
                 time.sleep(0.002)
             assert server.returncode == 0
         os.close(orphan)
-        for client in running:
-            client.communicate(timeout=30)
+        there.leave()
     same_model(tmp_path, uninterrupted)
 
 
@@ -253,9 +245,8 @@ def test_what_cannot_be_gone_on_with_is_told_in_one_line_and_left_alone(
 
 def test_a_damaged_spool_is_told_in_one_line_and_left_alone(tmp_path: Path, one_line: Line) -> None:
     port = free_port()
-    with clients(port), process(*serve(tmp_path, port)) as server:
-        while acknowledgements(tmp_path) < 2:
-            time.sleep(0.005)
+    with attending(port), process(*serve(tmp_path, port)) as server:
+        wait_for(lambda: acknowledgements(tmp_path) >= 2, server)
         server.kill()
         server.wait()
     run = tmp_path / "kept"

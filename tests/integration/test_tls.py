@@ -536,21 +536,19 @@ def test_an_address_has_so_many_calls_that_do_not_say_whose_they_are() -> None:
                 await asyncio.sleep(60)
                 yield b""
 
-            methods = ("Enrol", "Submit", "Model")
-            silent = [channel.stream_unary(f"/{SERVICE}/{method}")(silence()) for method in methods]
-            answers: list[tuple[StatusCode, str]] = []
-            while not answers:
-                try:
-                    await enrol(stub, "late")
-                except grpc.aio.AioRpcError as error:
-                    answers.append((error.code(), error.details() or ""))
-            code, why = answers[0]
-            assert code == StatusCode.RESOURCE_EXHAUSTED
-            assert why.startswith("ipv4:127.0.0.1 has 3 calls that have not said whose they are")
+            methods = ("Enrol", "Rounds", "Submit", "Model")
+            silent = [
+                asyncio.ensure_future(refused(channel.stream_unary(f"/{SERVICE}/{method}")(silence())))
+                for method in methods
+            ]
+            (one_too_many,), waiting = await asyncio.wait(silent, return_when=asyncio.FIRST_COMPLETED)
+            for code, why in (await one_too_many, await refused(enrol(stub, "late"))):
+                assert code == StatusCode.RESOURCE_EXHAUSTED
+                assert why.startswith("ipv4:127.0.0.1 has 3 calls that have not said whose they are")
             assert (await enrol(elsewhere, "elsewhere")).session
-            silent[0].cancel()
+            waiting.pop().cancel()
             await accepted(stub, session)
-            for call in (*silent, *rounds):
+            for call in (*waiting, *rounds):
                 call.cancel()
 
     asyncio.run(scenario())
@@ -560,21 +558,27 @@ def test_an_address_has_so_many_calls_that_do_not_say_whose_they_are() -> None:
 async def from_another_address(listening: Listening) -> AsyncIterator[FederationStub]:
     """A client that the server sees at 127.0.0.2."""
 
+    over = asyncio.Event()
+
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(1 << 16):
                 writer.write(data)
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = ("127.0.0.1", listening.port)
         answers, requests = await asyncio.open_connection(*there, local_addr=("127.0.0.2", 0))
         await asyncio.gather(carry(reader, requests), carry(answers, writer))
+        over.set()
 
     async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         async with open_channel(f"127.0.0.1:{port}", None) as channel:
             yield FederationStub(channel)
+        await over.wait()
 
 
 def test_who_does_not_take_the_model_does_not_keep_it_in_memory() -> None:

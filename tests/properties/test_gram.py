@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,15 @@ from fedrobust.gram import Gram
 from fedrobust.kernels import Block, Matrix, Vector
 from fedrobust.text import parse, parse_chain
 from fedrobust.threads import few_threads
+
+@pytest.fixture(scope="module", autouse=True)
+def several_threads() -> Iterator[None]:
+    """Passes cut the coordinates into stretches, also where the other tests keep to one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
 
 SHAPES = [(1, 1), (1, 9), (2, 3), (7, 3), (7, 40), (20, 500)]
 

@@ -18,6 +18,7 @@ from fedrobust.kernels import Block, Matrix, Vector
 from fedrobust.text import parse, parse_chain
 from fedrobust.threads import few_threads
 
+
 @pytest.fixture(scope="module", autouse=True)
 def several_threads() -> Iterator[None]:
     """Passes cut the coordinates into stretches, also where the other tests keep to one thread."""

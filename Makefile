@@ -24,7 +24,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 3600
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -49,6 +49,10 @@ class Rows(Protocol):
         """What `part` makes of every block; left where it is if the rows are remote."""
         ...
 
+    def ending(self, count: int) -> Rows:
+        """The last `count` coordinates of the same rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class LocalRows:
@@ -66,6 +70,15 @@ class LocalRows:
     def map(self, part: Callable[[Block], Tensor]) -> list[Tensor]:
         """One result a block."""
         return [part(block) for block in self.blocks]
+
+    def ending(self, count: int) -> LocalRows:
+        """The last `count` coordinates, not copied."""
+        blocks: list[Block] = []
+        for block in reversed(self.blocks):
+            width = min(block.width, count)
+            blocks = [block.ending(width), *blocks] if width else blocks
+            count -= width
+        return replace(self, blocks=tuple(blocks))
 
     @property
     def width(self) -> int:
@@ -263,6 +276,12 @@ def gram_of(
     def multiply(vectors: Matrix) -> Matrix:
         return rows.sum(partial(kernels.products, vectors=vectors, norms=np.sqrt(squares)))
 
+    def ending(count: int) -> Gram:
+        seen = rows.ending(count)
+        inner = seen.sum(kernels.gram)
+        squares = np.asarray(np.diag(inner))
+        return gram_of(seen, shares, squares, seed, anchors, matrix=inner, precision=precision)
+
     without = matrix is None and (not certified or len(shares) > LARGEST_MATRIX)
     return Gram(
         compute=lambda: rows.sum(kernels.gram) if matrix is None else matrix,
@@ -274,6 +293,7 @@ def gram_of(
             partial(kernels.sign_counts, matrix=_beside(mixing, anchors))
         ),
         multiply=multiply if without else None,
+        ending=ending,
         norms=squares,
         precision=precision,
     )

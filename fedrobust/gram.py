@@ -45,6 +45,8 @@ class Gram:
         anchors: names of the rows that are the server's own; they have no share and no weight.
         count_signs: gives `kernels.sign_counts` of the rows mixed by a (k, n) matrix; another pass
             over the coordinates. None where the caller cannot look at the rows again.
+        ending: gives the statistic of the same rows, of so many of their last coordinates; another pass
+            over those. None where the caller cannot look at the rows again.
         factor: (n + a, r) float64, r < n, any F with F F^T the matrix: the rows themselves, if they have
             fewer coordinates than there are rows. Then the matrix is formed only if asked for.
         multiply: products with the matrix without the matrix, each a pass over the rows; None where
@@ -60,6 +62,7 @@ class Gram:
     seed: int = 0
     anchors: tuple[str, ...] = ()
     count_signs: Callable[[Matrix], Matrix] | None = None
+    ending: Callable[[int], Gram] | None = None
     factor: Matrix | None = None
     multiply: Product | None = None
     norms: Vector | None = None
@@ -168,6 +171,20 @@ class Gram:
         counts = self.count_signs(np.eye(self.n))
         fractions: Matrix = counts / counts.sum(axis=1, keepdims=True)
         return fractions
+
+    def last(self, count: int) -> Gram:
+        """The same rows, as far as their last `count` coordinates tell.
+
+        Raises:
+            InputError: there are not so many, or the rows cannot be looked at again.
+        """
+        if self.ending is None:
+            raise InputError("the rule looks at some coordinates only, and these rows are not at hand")
+        if self.width is not None and count > self.width:
+            raise InputError(
+                f"the rule looks at the last {count} coordinates, and there are {self.width}"
+            )
+        return replace(self.ending(count), shares=self.shares, eps=self.eps, width=count)
 
     @cached_property
     def squared_distances(self) -> Matrix:
@@ -308,7 +325,7 @@ class Gram:
             eps: mass of the mixed rows that may be malicious.
         """
         whole = block_diag(matrix, np.eye(len(self.anchors))) if self.anchors else matrix
-        count = self.count_signs
+        count, ending = self.count_signs, self.ending
         multiply, factor = self.multiply, self.factor
         mixed = None if factor is None else whole @ factor
 
@@ -323,6 +340,7 @@ class Gram:
             seed=self.seed,
             anchors=self.anchors,
             count_signs=None if count is None else lambda mixing: count(mixing @ matrix),
+            ending=None if ending is None else lambda k: ending(k).through(matrix, shares, eps),
             factor=mixed if mixed is not None and mixed.shape[1] < len(shares) else None,
             multiply=None if multiply is None else lambda v: np.asarray(whole @ multiply(whole.T @ v)),
             precision=self.precision,

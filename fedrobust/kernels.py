@@ -93,6 +93,12 @@ class Block:
         """The same coordinates of some rows, without copying them."""
         return Block([self.rows[i] for i in keep], self.reference)
 
+    def ending(self, width: int) -> Block:
+        """The last so many of the coordinates, without copying them."""
+        start = self.width - width
+        rows = self.rows[:, start:] if isinstance(self.rows, Tensor) else [r[start:] for r in self.rows]
+        return Block(rows, None if self.reference is None else self.reference[start:])
+
     def tile(self, columns: slice, room: Tensor | None = None) -> Tensor:
         """(n, width) float32 or float64: those columns, from the reference; a view if it can be.
 

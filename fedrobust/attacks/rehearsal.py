@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,14 +114,13 @@ class Rehearsal:
         Args:
             coefficients: (f, K), or (K,) for rows that are all the same.
         """
-        decision = self._decide(self._everything(coefficients))
+        decision = self._decide(coefficients)
         return None if decision.reducer or decision.matrix is None else decision.matrix[0]
 
     def error(self, coefficients: Matrix) -> float:
         """How far the aggregate is from the honest mean with these rows; argument as for `weights`."""
-        rows = self._everything(coefficients)
-        decision = self._decide(rows)
-        block = Block(torch.from_numpy(rows))
+        decision = self._decide(coefficients)
+        block = Block(torch.from_numpy(self._everything(coefficients) @ self.points))
         value = kernels.mix_and_reduce(block, decision.matrix, decision.reducer).numpy()
         return float(np.linalg.norm(value - self.mean @ self.points))
 
@@ -137,21 +137,39 @@ class Rehearsal:
         return np.broadcast_to(coefficients, (self.malicious, len(self.vectors)))
 
     def _everything(self, coefficients: Matrix) -> Matrix:
-        return np.vstack([self._each(coefficients) @ self.points, self.points[: self.honest]])
+        """(n, K) all clients' rows as combinations of the vectors."""
+        return np.vstack([self._each(coefficients), np.eye(self.honest, len(self.vectors))])
 
-    def _decide(self, rows: Matrix) -> Decision:
-        shares = np.full(len(rows), 1 / len(rows))
-        every = rows if self.root is None else np.vstack([rows, self.points[-1]])
-        gram = Gram(
-            compute=lambda: every @ every.T,
-            shares=shares,
-            eps=DEFAULT_EPS,
-            seed=self.seed,
-            anchors=() if self.root is None else ("root",),
-            count_signs=partial(_count_signs, rows),
+    def _decide(self, coefficients: Matrix) -> Decision:
+        clients = self._everything(coefficients)
+        anchors = () if self.root is None else ("root",)
+        every = np.vstack([clients, np.eye(len(self.vectors))[len(self.vectors) - len(anchors) :]])
+        rows = every @ self.points
+
+        def gram_of(compute: Callable[[], Matrix], **more: Any) -> Gram:  # noqa: ANN401 (its fields)
+            shares = np.full(len(clients), 1 / len(clients))
+            return Gram(compute, shares, DEFAULT_EPS, self.seed, anchors, **more)
+
+        def ending(count: int) -> Gram:
+            return gram_of(lambda: every @ self._last(count) @ every.T)
+
+        gram = gram_of(
+            lambda: rows @ rows.T,
+            count_signs=partial(_count_signs, rows[: len(clients)]),
+            ending=ending,
             width=len(self.vectors[0]),
         )
         return self.rule(assume(gram, self.eps))
+
+    def _last(self, count: int) -> Matrix:
+        """(K, K) inner products of the vectors' last coordinates."""
+        if count not in self._ends:
+            self._ends[count] = kernels.gram(Block(self.vectors).ending(count))
+        return self._ends[count]
+
+    @cached_property
+    def _ends(self) -> dict[int, Matrix]:
+        return {}
 
 
 def best_scale(error: Callable[[float], float], low: float, high: float, budget: int) -> float:

@@ -14,6 +14,7 @@ from fedrobust.rules.foolsgold import FoolsGold
 from fedrobust.rules.fraction import DEFAULT_EPS
 from fedrobust.rules.geometric_median import GeometricMedian
 from fedrobust.rules.krum import Krum, MultiKrum
+from fedrobust.rules.last import Last
 from fedrobust.rules.mda import MDA
 from fedrobust.rules.mean import Mean
 from fedrobust.rules.medoid import Medoid
@@ -25,6 +26,7 @@ from fedrobust.rules.rule import (
     Composite,
     CoordinateWise,
     Decision,
+    Lens,
     Mixed,
     Mixing,
     Rule,
@@ -64,6 +66,9 @@ CATALOG: dict[str, type[Rule]] = {
     "trimmed_mean": TrimmedMean,
 }
 
+LENSES: dict[str, type[Lens]] = {"last": Last}
+"""What may stand before rules, and combines nothing itself."""
+
 
 def parse_rule(text: str) -> Aggregator:
     """Read a composition such as `nnm | filter(eps=0.2)`.
@@ -74,7 +79,7 @@ def parse_rule(text: str) -> Aggregator:
     >>> parse_rule("bucketing(2) | filter(eps=0.1)")
     bucketing | filter(eps=0.1)
     """
-    return Aggregator(tuple(parse_chain(text, CATALOG, "rule")))
+    return Aggregator(tuple(parse_chain(text, CATALOG | LENSES, "rule")))
 
 
 __all__ = [
@@ -83,6 +88,7 @@ __all__ = [
     "CATALOG",
     "DEFAULT_EPS",
     "FLAME",
+    "LENSES",
     "MDA",
     "NNM",
     "SMEA",
@@ -101,6 +107,8 @@ __all__ = [
     "FoolsGold",
     "GeometricMedian",
     "Krum",
+    "Last",
+    "Lens",
     "Meamed",
     "Mean",
     "Median",

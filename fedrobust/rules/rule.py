@@ -1,9 +1,9 @@
 """What a rule is: a frozen dataclass that looks at a Gram matrix and says how rows are mixed.
 
-Three kinds, told apart by what they may stand before: a `Mixing` turns n rows into k rows, a
-`Weighting` into one, and a `CoordinateWise` rule reduces each coordinate of the rows it is given.
-`|` chains any number of mixings and one of the other two; a `Composite` is such a chain that has a
-name of its own.
+Four kinds, told apart by what they may stand before: a `Lens` chooses what is looked at, a `Mixing`
+turns n rows into k rows, a `Weighting` into one, and a `CoordinateWise` rule reduces each coordinate of
+the rows it is given. `|` chains any number of the first two and one of the others; a `Composite` is such
+a chain that has a name of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 
@@ -68,6 +69,14 @@ class Rule(Textual):
     def parts(self) -> tuple[Rule, ...]:
         """What the rule is made of: itself, unless its name stands for a composition."""
         return (self,)
+
+
+class Lens(Rule):
+    """What the rules after it look at; the rows that they mix, and the certificate, are whole."""
+
+    @abstractmethod
+    def __call__(self, gram: Gram) -> Gram:
+        """What is seen of these rows."""
 
 
 class Mixing(Rule):
@@ -142,11 +151,11 @@ class Decision:
 
 @dataclass(frozen=True, repr=False)
 class Aggregator:
-    """Mixings and one final rule: aggregate(X) = reduce(W X), W = mix(Gram(X)).
+    """Lenses, mixings and one final rule: aggregate(X) = reduce(W X), W = mix(Gram(X)).
 
     Raises:
-        InputError: something other than a mixing stands before the end, or two parts name different
-            eps.
+        InputError: something other than a mixing or a lens stands before the end, a lens stands where
+            nothing looks through it, or two parts name different eps.
     """
 
     rules: tuple[Rule, ...]
@@ -155,10 +164,15 @@ class Aggregator:
         if not self.rules:
             raise InputError("a composition needs at least one rule")
         for rule in self.rules[:-1]:
-            if not isinstance(rule, Mixing):
+            if not isinstance(rule, Mixing | Lens):
                 raise InputError(
                     f"{self!r}: {rule!r} gives the final answer and cannot stand before another "
-                    "rule; only mixings (nnm, bucketing, clip) can"
+                    "rule; only mixings (nnm, bucketing, clip) and last can"
+                )
+        for rule, following in pairwise(self.rules):
+            if isinstance(rule, Lens) and isinstance(following.parts[0], CoordinateWise):
+                raise InputError(
+                    f"{self!r}: {following!r} takes every coordinate by itself: {rule!r} changes nothing"
                 )
         named = {rule.eps for rule in self.rules if rule.eps is not None}
         if len(named) > 1:
@@ -183,7 +197,7 @@ class Aggregator:
         """Decide, in client space alone, how the rows are to be combined.
 
         Raises:
-            InputError: too few rows for the rule at this eps, or the composition ends in a mixing.
+            InputError: too few rows for the rule at this eps, or no rule that answers at the end.
         """
         matrix: Matrix | None = None
         mixings: list[Matrix] = []
@@ -194,8 +208,11 @@ class Aggregator:
             if isinstance(part, CoordinateWise):
                 reducer = part.reducer(gram.shares, gram.eps)
                 return Decision(tuple(mixings), reducer, scores, Verdict.NOT_JUDGED, notes)
+            if isinstance(part, Lens):
+                gram = part(gram)
+                continue
             if not isinstance(part, Mixing | Weighting):
-                raise TypeError(f"{part!r} is neither a mixing, a weighting nor coordinate-wise")
+                raise TypeError(f"{part!r} is neither a lens, a mixing, a weighting nor coordinate-wise")
             mixed = part(gram)
             if mixed.scores is not None:
                 scores = _pull_back(mixed.scores, matrix)
@@ -204,8 +221,9 @@ class Aggregator:
             mixings.append(mixed.matrix)
             matrix = mixed.matrix if matrix is None else mixed.matrix @ matrix
             gram = gram.through(mixed.matrix, mixed.shares, mixed.eps)
-        if isinstance(self.rules[-1], Mixing):
-            raise InputError(f"{self!r} only mixes; end it with a rule, as in {self!r} | filter")
+        if isinstance(self.rules[-1], Mixing | Lens):
+            does = "mixes" if isinstance(self.rules[-1], Mixing) else "looks"
+            raise InputError(f"{self!r} only {does}; end it with a rule, as in {self!r} | filter")
         return Decision(tuple(mixings), None, scores, verdict, notes)
 
 

@@ -18,6 +18,7 @@ from fedrobust.text import Textual, choose
 from fedrobust.training import Task
 from fedrobust_server.limits import Limits
 from fedrobust_server.quarantine import WATCH, parse_policy
+from fedrobust_server.schedule import NONE, parse_schedule
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,6 +46,8 @@ class RunConfig(Textual):
             "machine", at the price of waiting for the disk.
         quarantine: when a client that keeps losing its weight is asked no more; as it is, clients are
             only watched.
+        schedule: "sever(every=10)" leaves out, after every ten rounds, the clients whose updates stand
+            out most.
         shards: over how many processes the model's coordinates are spread.
         gateways: how many processes take updates in; 1 is the server's own alone.
         checkpoint_every: rounds between checkpoints; the last round always leaves one.
@@ -71,6 +74,7 @@ class RunConfig(Textual):
     compression: str = "none"
     durability: str = "process"
     quarantine: str = WATCH
+    schedule: str = NONE
     shards: int = 2
     gateways: int = 1
     checkpoint_every: int = 10
@@ -82,6 +86,7 @@ class RunConfig(Textual):
         parse_rule(self.rule)
         parse_attack(self.attack)
         parse_policy(self.quarantine)
+        parse_schedule(self.schedule)
         choose(self.exceeded, ("warn", "skip"), "value of exceeded")
         choose(self.wire, ("float32", "bfloat16", "float16"), "value of wire")
         choose(self.compression, ("none", "zstd"), "value of compression")

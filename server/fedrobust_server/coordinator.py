@@ -51,7 +51,7 @@ from fedrobust_server.folding import Folding
 from fedrobust_server.intake import TAKEN_OVER, unfit
 from fedrobust_server.ledger import Answer, Ledger, Standing
 from fedrobust_server.metrics import Metrics
-from fedrobust_server.quarantine import MALFORMED, evidence, parse_policy
+from fedrobust_server.quarantine import MALFORMED, Override, evidence, parse_policy
 from fedrobust_server.reception import (
     LOST,
     DeniedError,
@@ -64,6 +64,7 @@ from fedrobust_server.reception import (
 from fedrobust_server.record import by_client, columns
 from fedrobust_server.round import Fault, Phase
 from fedrobust_server.runs import RunFolder
+from fedrobust_server.schedule import parse_schedule
 from fedrobust_server.shards import Shards
 from fedrobust_server.spool import Floats, Spool
 
@@ -121,6 +122,7 @@ class _Round:
         digests: of the accepted updates.
         refused: how many submissions did not count.
         malformed: clients that sent what cannot be an update.
+        spread: how far updates stand out, where the schedule looks at that after this round.
         places: of the updates that are being taken in, the latest of each client.
         opened: on the loop's clock.
         closes_at: on the loop's clock.
@@ -134,6 +136,7 @@ class _Round:
     digests: dict[str, bytes] = field(default_factory=dict)
     refused: int = 0
     malformed: set[str] = field(default_factory=set)
+    spread: Mapping[str, float] = field(default_factory=dict)
     opened: float = 0.0
     places: dict[str, Place] = field(default_factory=dict)
     closes_at: float = 0.0
@@ -184,6 +187,7 @@ class Coordinator(Reception):
         task = config.task
         plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, task.seed)
         self._metrics, self._policy = metrics, parse_policy(config.quarantine)
+        self._schedule = parse_schedule(config.schedule)
         metrics.backlog.set_function(shards.backlog)
         self._suspects = ledger.suspects()
         self._state = machine.State(plan, excluded=self._suspects.excluded)
@@ -577,6 +581,8 @@ class Coordinator(Reception):
             squares = np.diag(matrix).copy()
         gram = gram_of(rows, shares, squares, number, matrix=matrix)
         gram = replace(gram, width=self._shards.size)
+        if self._schedule is not None and self._schedule.looks(number):
+            self._round.spread = dict(zip(clients, self._schedule.score(gram), strict=True))
         result = combine(rows, self._config.rule, gram, self._config.eps)
         if result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
             return result, None
@@ -650,12 +656,17 @@ class Coordinator(Reception):
             },
         )
         verdict = None if result is None else result.verdict
-        self._judge_clients(current.number, evidence(verdict, weights, current.malformed))
+        self._judge_clients(current, evidence(verdict, weights, current.malformed))
         self._happened(machine.Settled(current.number))
 
-    def _judge_clients(self, number: int, found: Mapping[str, float]) -> None:
+    def _judge_clients(self, current: _Round, found: Mapping[str, float]) -> None:
         """Gather what a round says of its clients, and ask those no more that are shut out."""
-        self._suspects, changes = self._ledger.judge_clients(self._policy, self._suspects, number, found)
+        number, decided = current.number, list[Override]()
+        if self._schedule is not None and current.spread:
+            decided = self._schedule.decide(number, current.spread, self._config.eps)
+        self._suspects, changes = self._ledger.judge_clients(
+            self._policy, self._suspects, number, found, decided
+        )
         for change in changes:
             log.warning(
                 "a client's standing has changed",

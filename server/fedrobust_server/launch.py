@@ -23,8 +23,9 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import AuthenticationError, RayError
 
-from fedrobust import InputError
+from fedrobust import InputError, parse_rule
 from fedrobust.data import Dataset, load
+from fedrobust.rules import Last
 from fedrobust.training import Evaluation, evaluate, load_vector, manifest, to_vector
 from fedrobust_server import lifeline
 from fedrobust_server.config import RunConfig
@@ -179,6 +180,7 @@ def federation(
     dataset = load(config.task.dataset, data_dir)
     module = config.task.build_model(dataset)
     names, first = manifest(module), to_vector(module).numpy()
+    _check(config.rule, len(first))
     shards = Shards(len(first), config.shards, lr=config.server_lr, momentum=config.server_momentum)
     with contextlib.closing(folder.ledger(sync=config.durability == "machine")) as ledger:
         standing = ledger.standing(KEEPS_TURN)
@@ -204,6 +206,13 @@ def federation(
             yield Federation(coordinator, folder)
             if lifeline.alive():  # else there is nothing to stop, and trying would take a minute
                 shards.stop()
+
+
+def _check(rule: str, size: int) -> None:
+    """Refuse a rule that no round of this model could be aggregated by."""
+    for part in parse_rule(rule).rules:
+        if isinstance(part, Last) and part.count > size:
+            raise InputError(f"{part!r}: the model has only {size} parameters")
 
 
 def _start(shards: Shards, state: tuple[Floats, Floats]) -> None:

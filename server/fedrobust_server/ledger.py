@@ -14,7 +14,7 @@ from fedrobust_proto.v1.federation_pb2 import Status
 
 from fedrobust import InputError
 from fedrobust_server import suspicion
-from fedrobust_server.quarantine import Changed, Policy, State, observe
+from fedrobust_server.quarantine import Changed, Override, Policy, State, observe
 
 VERSION = 3
 
@@ -211,7 +211,12 @@ class Ledger:
         return suspicion.restore(self._db)
 
     def judge_clients(
-        self, policy: Policy, before: State, number: int, found: Mapping[str, float]
+        self,
+        policy: Policy,
+        before: State,
+        number: int,
+        found: Mapping[str, float],
+        decided: Sequence[Override] = (),
     ) -> tuple[State, list[Changed]]:
         """A round's evidence is gathered, and what operators decided meanwhile is done.
 
@@ -220,19 +225,24 @@ class Ledger:
             before: how the clients stood.
             number: of the round that is over.
             found: what it says of whom, in [0, 1].
+            decided: what the run's schedule decides after it.
 
         Returns:
             How they stand in the next round, and whose standing changed.
         """
         changes: list[Changed] = []
         with self._db:
-            (last,) = self._db.execute("SELECT MAX(round) FROM suspicion").fetchone()
+            (last,) = self._db.execute(
+                "SELECT MAX(round) FROM suspicion WHERE evidence IS NOT NULL"
+            ).fetchone()
             state = before
             if last is None or last < number:  # else the server was killed before it closed the round
                 state, changes = observe(policy, before, number, found)
                 suspicion.keep(self._db, number, before, state, found)
-            state, decided = suspicion.apply_requests(self._db, policy, state, number + 1)
-        return state, [*changes, *decided]
+                for override in decided:
+                    suspicion.request(self._db, override)
+            state, overridden = suspicion.apply_requests(self._db, policy, state, number + 1)
+        return state, [*changes, *overridden]
 
     def rounds(self) -> list[dict[str, Any]]:
         """All rounds in order, as columns by name."""

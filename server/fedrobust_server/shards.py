@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,9 @@ class Shard:
         self.fold()
         return self._inner[np.ix_(slots, slots)]
 
-    def sum(self, part: Callable[[Block], Matrix], slots: Sequence[int]) -> Matrix:
-        """What `part` makes of these updates."""
-        return part(self._block(slots))
+    def sum(self, part: Callable[[Block], Matrix], slots: Sequence[int], width: int) -> Matrix:
+        """What `part` makes of the last `width` coordinates of this slice of these updates."""
+        return part(self._block(slots).ending(width))
 
     def map(self, part: Callable[[Block], Tensor], slots: Sequence[int]) -> None:
         """Keep what `part` makes of these updates: this slice of the aggregate."""
@@ -204,20 +204,38 @@ def _runs(slots: Sequence[int]) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class ShardRows:
-    """Some of the round's updates as the `Rows` that rules work on; blocks on remote calls."""
+    """Some of the round's updates as the `Rows` that rules work on; blocks on remote calls.
+
+    Attributes:
+        actors: the shards.
+        bounds: which coordinates each of them has.
+        slots: of the updates.
+        start: the first coordinate that is looked at.
+    """
 
     actors: Sequence[Any]
+    bounds: Sequence[tuple[int, int]]
     slots: Sequence[int]
+    start: int = 0
 
     def sum(self, part: Callable[[Block], Matrix]) -> Matrix:
         """The sum over all shards, each at work at the same time."""
-        parts: list[Matrix] = lifeline.get([a.sum.remote(part, self.slots) for a in self.actors])
+        looking = [
+            actor.sum.remote(part, self.slots, min(stop - self.start, stop - first))
+            for actor, (first, stop) in zip(self.actors, self.bounds, strict=True)
+            if stop > self.start
+        ]
+        parts: list[Matrix] = lifeline.get(looking)
         total: Matrix = np.add.reduce(parts)
         return total
 
     def map(self, part: Callable[[Block], Tensor]) -> None:
-        """Leave each shard its slice of the aggregate."""
+        """Leave each shard its slice of the aggregate, whatever is looked at."""
         lifeline.get([actor.map.remote(part, self.slots) for actor in self.actors])
+
+    def ending(self, count: int) -> ShardRows:
+        """The last `count` coordinates of the same updates."""
+        return replace(self, start=self.bounds[-1][1] - count)
 
 
 class Shards:
@@ -376,7 +394,7 @@ class Shards:
     def rows(self, slots: Sequence[int]) -> ShardRows:
         """The whole updates in these slots."""
         self._arrived()
-        return ShardRows(self._actors, slots)
+        return ShardRows(self._actors, self._bounds, slots)
 
     @property
     def kept(self) -> int:

@@ -122,6 +122,46 @@ def test_a_malformed_attack_costs_only_the_attackers(
     assert summary["updates_refused"] == summary["rounds_aggregated"] == len(ROUNDS)
 
 
+def test_sever_leaves_the_attackers_out_and_the_others_learn(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ("--json", "--runs-dir", str(tmp_path), "--workers", "1", "--rule", "mean", "--eps", "0.2")
+    plan = (
+        "--clients",
+        "10",
+        "--malicious",
+        "2",
+        "--attack",
+        "ipm",
+        "--rounds",
+        "10",
+        "--model",
+        "softmax",
+    )
+    ends = {}
+    for run, schedule in (("all", "none"), ("severed", "sever(every=2, times=2)")):
+        assert main(["simulate", *here, *plan, "--run", run, "--schedule", schedule]) == 0
+        *rounds, summary = map(json.loads, capsys.readouterr().out.splitlines())
+        ends[run] = summary["accuracy"]
+    assert [line["accepted"] for line in rounds] == [10] * 2 + [9] * 2 + [8] * 6
+    assert summary["malicious_weight"] == 0.0
+    assert ends["all"] < 0.2
+    assert ends["severed"] > 0.8
+    assert main(["ledger", "show", str(tmp_path / "severed"), "--client", "client-0000"]) == 0
+    told = capsys.readouterr().out
+    assert "sever" in told
+    assert "look 1 of 2, after round 2: spectral score" in told
+
+
+def test_a_rule_that_looks_at_more_than_the_model_has_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", "softmax", "--rule", "last(651) | filter")
+    assert main(["simulate", "--runs-dir", str(tmp_path), "--run", "r", *asked]) == 2
+    assert "last(count=651): the model has only 650 parameters" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_stopped_server_leaves_no_process_and_a_report(
     tmp_path: Path, kind: signal.Signals, code: int

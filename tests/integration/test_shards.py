@@ -24,6 +24,7 @@ ANCHORED = {"fltrust", "monna"}  # these look at a row of the server's own, whic
 RULES = [
     *(n for n, rule in CATALOG.items() if not issubclass(rule, Mixing) and n not in ANCHORED),
     *("nnm | filter(eps=0.2)", "bucketing(2) | median", "clip | trimmed_mean", "clip | nnm | krum"),
+    *("last(7) | filter", "last(500) | nnm | krum", "clip | last(400) | signguard"),  # of three shards
 ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
 import pytest
 from fedrobust_server.ledger import Answer, Ledger
+from fedrobust_server.quarantine import Ban, Override, Policy, State
 from fedrobust_server.round import KEEPS_TURN
 
 from fedrobust import InputError
@@ -104,3 +106,17 @@ def test_a_file_that_is_no_ledger_or_of_another_version_is_left_alone(tmp_path: 
     with pytest.raises(InputError, match="version 99; this program needs 3"):
         Ledger(old)
     assert old.read_bytes() == before
+
+
+def test_what_an_operator_decides_costs_no_rounds_evidence(tmp_path: Path) -> None:
+    with contextlib.closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        policy, found = Policy(), {"a": 1.0, "b": 0.0}
+        sent = Override("b", Ban(), "look 1", "sever")
+        state, changes = ledger.judge_clients(policy, State(), 1, found, [sent])
+        assert [(change.name, change.who) for change in changes] == [("b", "sever")]
+        assert state.excluded == {"b"}
+        for number in (2, 3):
+            state, _ = ledger.judge_clients(policy, state, number, found)
+        assert state.clients["a"].suspicion == 1.5
+        again, changes = ledger.judge_clients(policy, state, 3, found, [sent])  # after a crash
+        assert (again, changes) == (state, [])

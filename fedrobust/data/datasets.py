@@ -1,7 +1,7 @@
-"""Labelled images for classification: the digits of scikit-learn, MNIST and Fashion-MNIST.
+"""Labelled images for classification: the digits of scikit-learn, MNIST, Fashion-MNIST and CIFAR-10.
 
-Nothing is downloaded: the digits come with scikit-learn, the other two are read from the IDX files
-in which they are published.
+Nothing is downloaded: the digits come with scikit-learn, the others are read from the files in which
+they are published (CIFAR-10 also from smaller ones, `fedrobust.data.cifar10`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from fedrobust.data.cifar10 import Images, load_cifar10
+from fedrobust.data.files import ENVIRONMENT_VARIABLE
 from fedrobust.errors import InputError
 from fedrobust.text import choose
-
-ENVIRONMENT_VARIABLE = "FEDROBUST_DATA"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,8 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Load a dataset of the `CATALOG` by name.
 
     Args:
-        name: "digits", "mnist" or "fashion_mnist".
-        data_dir: the directory of the IDX files, or the one above it; None means the directory
+        name: "digits", "mnist", "fashion_mnist" or "cifar10".
+        data_dir: the directory of the files, or the one above it; None means the directory
             that the environment variable FEDROBUST_DATA names. The digits need none.
 
     Raises:
@@ -85,6 +85,25 @@ def digits(_: Path | None = None) -> Dataset:
         np.arange(len(labels)), test_size=0.2, random_state=0, stratify=source.target
     )
     return Dataset("digits", images[train], labels[train], images[test], labels[test], classes=10)
+
+
+def cifar10(data_dir: Path | None = None) -> Dataset:
+    """CIFAR-10: 50 000 photographs to train on, 10 000 to test on, (3, 32, 32), ten classes.
+
+    Normalised, channel by channel, by the mean 0.4914, 0.4822, 0.4465 and the standard deviation 0.2470,
+    0.2435, 0.2616 of the training pixels divided by 255. Takes 740 MB; half a minute from JPEG.
+    """
+    train_x, train_y = load_cifar10("train", data_dir)
+    test_x, test_y = load_cifar10("test", data_dir)
+    return Dataset(
+        "cifar10", _colours(train_x), _labels(train_y), _colours(test_x), _labels(test_y), classes=10
+    )
+
+
+def _colours(pixels: Images) -> Tensor:
+    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32, "C")).div_(255)
+    mean, std = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])[..., None, None]
+    return images.sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
@@ -160,6 +179,7 @@ CATALOG: dict[str, Callable[[Path | None], Dataset]] = {
         mean=0.2860,
         std=0.3530,
     ),
+    "cifar10": cifar10,
 }
 
 

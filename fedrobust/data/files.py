@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedrobust.data.datasets import ENVIRONMENT_VARIABLE
 from fedrobust.errors import InputError
+
+ENVIRONMENT_VARIABLE = "FEDROBUST_DATA"
 
 
 def find_files(names: Sequence[str], folder: str, data_dir: Path | None = None) -> list[Path] | None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrobust.data import IID, Dirichlet, Split, load, parse_split, read_idx
+from fedrobust.data.cifar10 import BINARY_FILES
 from fedrobust.data.datasets import IDX_FILES
 from fedrobust.errors import InputError
 
@@ -196,6 +197,22 @@ def test_mnist_is_the_published_one() -> None:
     ]
     assert data.train_x.mean().abs() < 1e-3
     assert (data.train_x.std() - 1).abs() < 1e-3
+
+
+def test_cifar10_is_read_from_its_published_batches(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    records = rng.integers(0, 256, (12, 3073), np.uint8)
+    records[:, 0] = np.arange(12) % 10
+    for names, part in zip(BINARY_FILES.values(), (records[:10], records[10:]), strict=True):
+        for name, batch in zip(names, np.split(part, len(names)), strict=True):
+            (tmp_path / name).write_bytes(batch.tobytes())
+    data = load("cifar10", tmp_path)
+    assert data.shape == (3, 32, 32)
+    assert data.train_y.tolist() == list(range(10))
+    assert data.test_y.tolist() == [0, 1]
+    green = records[11, 1 + 1024 + 32 * 5 + 7] / 255
+    assert float(data.test_x[1, 1, 5, 7]) == pytest.approx((green - 0.4822) / 0.2435, abs=1e-5)
+    assert data.train_x.is_contiguous()
 
 
 splits = st.one_of(

@@ -64,6 +64,8 @@ NEIGHBOUR_POINTS = 10_000
 """Beyond this many points kNN and LOF, which compare all pairs, are left out."""
 ENVELOPE_FEATURES = 100
 """Beyond this many features the elliptic envelope is left out: of 8605 points with 128 it takes 45 s."""
+PYOD = ("COPOD", "ECOD", "HBOS", "INNE")
+"""Its detectors that are thought the best without labels, beside those that scikit-learn has as well."""
 NEEDS_PYOD = "PyOD is not installed, so its detectors are left out: pip install pyod"
 
 
@@ -213,14 +215,14 @@ def detectors(alphas: Sequence[float], seed: int, shape: tuple[int, ...]) -> dic
     if features <= ENVELOPE_FEATURES:
         envelope = EllipticEnvelope(contamination=OUTLIERS, random_state=seed)
         found["elliptic envelope"] = lambda x: -envelope.fit(x).score_samples(x)
-    return found | pyod_detectors()
+    return found | pyod_detectors(seed)
 
 
-def pyod_detectors() -> dict[str, Score]:
+def pyod_detectors(seed: int) -> dict[str, Score]:
     """Those of PyOD, where it is installed."""
     if find_spec("pyod") is None:
         return {}
-    return {f"PyOD {name}": _pyod(name) for name in ("COPOD", "ECOD", "HBOS")}
+    return {f"PyOD {name}": _pyod(name, seed) for name in PYOD}
 
 
 def spectral(points: Matrix) -> Vector:
@@ -257,9 +259,11 @@ def _one_class(seed: int) -> Score:
     return score
 
 
-def _pyod(name: str) -> Score:
+def _pyod(name: str, seed: int) -> Score:
     def score(points: Matrix) -> Vector:
         detector = getattr(import_module(f"pyod.models.{name.lower()}"), name)()
+        if "random_state" in detector.get_params():
+            detector.set_params(random_state=seed)
         detector.fit(points)
         return np.asarray(detector.decision_scores_, np.float64)
 

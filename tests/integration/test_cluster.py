@@ -413,8 +413,8 @@ def test_a_cluster_that_is_gone_ends_the_server_in_one_line(kind: str, tmp_path:
 
         code, error = run.go(kill_everything) if kind == "idle" else run.go(late=kill_everything)
         accepted = run.accepted()
+    assert (code, len(error)) == (1, 1), (code, error, run.events())
     (line,) = error
-    assert code == 1
     assert "the head of the Ray cluster is gone" in line
     assert "go on by --resume" in line
     with cluster(1) as again:

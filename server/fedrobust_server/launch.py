@@ -75,7 +75,10 @@ def start_ray(address: str | None) -> Iterator[None]:
     finally:
         with _uninterrupted():
             started |= _descendants() - before
-            ray.shutdown()
+            # Taking leave of a node that is gone can end this process before it has said what happened.
+            # Ray does it once more when the interpreter ends.
+            if lifeline.alive():
+                ray.shutdown()
             # On a busy machine Ray kills its node process before that has ended its helpers, which
             # then linger for minutes.
             for process in psutil.wait_procs(started, timeout=3.0)[1]:

@@ -1,6 +1,25 @@
 """Datasets, and how they are split over clients."""
 
 from fedrobust.data.datasets import Dataset, load, read_idx
-from fedrobust.data.splits import IID, Dirichlet, Split, parse_split
+from fedrobust.data.splits import (
+    IID,
+    Dirichlet,
+    Quantity,
+    Shards,
+    Similarity,
+    Split,
+    parse_split,
+)
 
-__all__ = ["IID", "Dataset", "Dirichlet", "Split", "load", "parse_split", "read_idx"]
+__all__ = [
+    "IID",
+    "Dataset",
+    "Dirichlet",
+    "Quantity",
+    "Shards",
+    "Similarity",
+    "Split",
+    "load",
+    "parse_split",
+    "read_idx",
+]

@@ -97,6 +97,98 @@ class Dirichlet(Split):
         return parts
 
 
+@dataclass(frozen=True, repr=False)
+class Similarity(Split):
+    """A part of every client's examples is drawn from all of them, the others are its own classes'.
+
+    The part `gamma` of all examples is dealt as by `iid`; what is left is sorted by label and cut into
+    one equal stretch a client. So 1 is iid, and at 0 a client holds one class or two.
+
+    Source: Karimireddy et al. 2020, "SCAFFOLD" (arXiv 1910.06378), section 7, where it is "s% similar";
+    the "gamma similarity" of Allouah et al. 2023 (arXiv 2302.01772).
+
+    Attributes:
+        gamma: in [0, 1].
+    """
+
+    name = "similarity"
+
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 <= self.gamma <= 1, "gamma must be in [0, 1]")
+
+    def assign(self, labels: Labels, clients: int, rng: np.random.Generator) -> list[Indices]:
+        """Deal some, sort the others; who gets which stretch is drawn."""
+        deck = rng.permutation(len(labels))
+        dealt, own = np.split(deck, [round(self.gamma * len(deck))])
+        stretches = np.array_split(own[np.argsort(labels[own], kind="stable")], clients)
+        # Unequal hands go to unequal stretches the other way round, so that sizes differ by one at most.
+        hands = sorted(np.array_split(dealt, clients), key=len)
+        stretches.sort(key=len, reverse=True)
+        owners = rng.permutation(clients)
+        parts = [np.concatenate(pair) for pair in zip(hands, stretches, strict=True)]
+        return [parts[owner] for owner in owners]
+
+
+@dataclass(frozen=True, repr=False)
+class Shards(Split):
+    """Sorted by label and cut into equal shards, of which every client draws some.
+
+    Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
+    Data" (arXiv 1602.05629), section 3, with two shards a client: most clients hold two classes.
+
+    Attributes:
+        each: how many shards a client draws, at least 1; fewer where there are too few examples.
+    """
+
+    name = "shards"
+
+    each: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.each >= 1, "each must be at least 1")
+
+    def assign(self, labels: Labels, clients: int, rng: np.random.Generator) -> list[Indices]:
+        """Deal the shards."""
+        each = min(self.each, len(labels) // clients)
+        deck = rng.permutation(len(labels))
+        cut = np.array_split(deck[np.argsort(labels[deck], kind="stable")], clients * each)
+        drawn = rng.permutation(len(cut)).reshape(clients, each)
+        return [np.concatenate([cut[shard] for shard in hand]) for hand in drawn]
+
+
+@dataclass(frozen=True, repr=False)
+class Quantity(Split):
+    """Clients of the same mixture and of sizes drawn from Dirichlet(alpha, ..., alpha).
+
+    Source: Li, Diao, Chen, He 2022, "Federated Learning on Non-IID Data Silos: An Experimental Study"
+    (arXiv 2102.02079), "quantity skew". A client that would be left without an example is given one
+    of the largest.
+
+    Attributes:
+        alpha: the concentration, above 0 and at most 1e6: at 0.5 a few clients hold most examples.
+    """
+
+    name = "quantity"
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.alpha <= 1e6, "alpha must be above 0 and at most 1e6")
+
+    def assign(self, labels: Labels, clients: int, rng: np.random.Generator) -> list[Indices]:
+        """Cut a shuffled deck at the drawn proportions."""
+        proportions = rng.dirichlet(np.full(clients, self.alpha))
+        cuts = (np.cumsum(proportions)[:-1] * len(labels)).astype(np.int64)
+        parts = np.split(rng.permutation(len(labels)), cuts)
+        _fill_empty(parts)
+        return parts
+
+
 def _fill_empty(parts: list[Indices]) -> None:
     sizes = np.array([len(part) for part in parts])
     for poor in np.flatnonzero(sizes == 0):
@@ -108,11 +200,14 @@ def _fill_empty(parts: list[Indices]) -> None:
 CATALOG: dict[str, type[Split]] = {
     "iid": IID,
     "dirichlet": Dirichlet,
+    "similarity": Similarity,
+    "shards": Shards,
+    "quantity": Quantity,
 }
 
 
 def parse_split(text: str) -> Split:
-    """Read `iid` or `dirichlet(0.1)`.
+    """Read `iid`, `dirichlet(0.1)`, `similarity(0.5)`, `shards(2)` or `quantity(0.5)`.
 
     >>> parse_split("dirichlet(alpha=0.1)")
     dirichlet(alpha=0.1)

@@ -12,7 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrobust.data import IID, Dirichlet, Split, load, parse_split, read_idx
+from fedrobust.data import (
+    IID,
+    Dirichlet,
+    Quantity,
+    Shards,
+    Similarity,
+    Split,
+    load,
+    parse_split,
+    read_idx,
+)
 from fedrobust.data.cifar10 import BINARY_FILES
 from fedrobust.data.datasets import IDX_FILES
 from fedrobust.errors import InputError
@@ -218,6 +228,9 @@ def test_cifar10_is_read_from_its_published_batches(tmp_path: Path) -> None:
 splits = st.one_of(
     st.just(IID()),
     st.sampled_from([1e-300, 1e-3, 0.1, 0.5, 10.0, 1e6]).map(Dirichlet),
+    st.sampled_from([1e-300, 1e-3, 0.1, 0.5, 10.0, 1e6]).map(Quantity),
+    st.floats(0, 1).map(Similarity),
+    st.integers(1, 5).map(Shards),
 )
 
 
@@ -259,6 +272,33 @@ def test_alpha_sets_how_one_sided_clients_are() -> None:
     assert shares[-1] < 0.12
 
 
+LABELS = np.random.default_rng(0).permutation(np.arange(2000) % 10)
+
+
+@pytest.mark.parametrize(("gamma", "own"), [(0.0, 1.0), (0.5, 0.55), (1.0, 0.1)])
+def test_gamma_is_the_part_that_all_have_in_common(gamma: float, own: float) -> None:
+    parts = Similarity(gamma)(LABELS, 10, np.random.default_rng(0))
+    assert {len(part) for part in parts} == {200}
+    largest = [np.bincount(LABELS[part]).max() / len(part) for part in parts]
+    assert np.mean(largest) == pytest.approx(own, abs=0.04)
+    uneven = Similarity(gamma)(LABELS[:1003], 7, np.random.default_rng(0))
+    assert max(map(len, uneven)) - min(map(len, uneven)) <= 1
+
+
+def test_two_shards_are_two_classes_at_most() -> None:
+    parts = Shards()(LABELS, 10, np.random.default_rng(0))
+    assert max(len(np.unique(LABELS[part])) for part in parts) == 2
+    assert {len(part) for part in parts} == {200}
+
+
+def test_quantity_leaves_the_mixture_alone() -> None:
+    parts = Quantity()(LABELS, 10, np.random.default_rng(0))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) > 5 * min(sizes)
+    large = max(parts, key=len)
+    assert np.bincount(LABELS[large]).max() / len(large) < 0.15
+
+
 @pytest.mark.parametrize("clients", [0, -1, 4])
 def test_impossible_number_of_clients(clients: int) -> None:
     with pytest.raises(InputError, match=f"3 examples over {clients} clients; use 1 to 3"):
@@ -271,7 +311,11 @@ def test_bad_alpha(alpha: float) -> None:
         Dirichlet(alpha)
 
 
-@pytest.mark.parametrize("split", [IID(), Dirichlet(), Dirichlet(0.1)], ids=repr)
+@pytest.mark.parametrize(
+    "split",
+    [IID(), Dirichlet(), Dirichlet(0.1), Similarity(0.25), Shards(), Shards(3), Quantity(2.0)],
+    ids=repr,
+)
 def test_split_text(split: Split) -> None:
     assert parse_split(repr(split)) == split
 
@@ -281,3 +325,6 @@ def test_bad_split_text_lists_the_choices() -> None:
         parse_split("dirichlett(0.1)")
     with pytest.raises(InputError, match="alpha"):
         parse_split("dirichlet(beta=1)")
+    for text in ("similarity(1.5)", "shards(0)", "quantity(0.0)"):
+        with pytest.raises(InputError, match="must be"):
+            parse_split(text)

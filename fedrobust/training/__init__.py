@@ -1,7 +1,7 @@
 """What a federation trains, and how one client trains it."""
 
 from fedrobust.training.local import FREE, Evaluation, Learner, Leash, Poison, Shared, evaluate
-from fedrobust.training.models import CNN, MLP, Model, Softmax, parse_model
+from fedrobust.training.models import CNN, MLP, Model, ResNet, Softmax, parse_model
 from fedrobust.training.task import Task, client_name
 from fedrobust.training.vectors import Manifest, load_vector, manifest, split_vector, to_vector
 
@@ -15,6 +15,7 @@ __all__ = [
     "Manifest",
     "Model",
     "Poison",
+    "ResNet",
     "Shared",
     "Softmax",
     "Task",

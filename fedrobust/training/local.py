@@ -126,9 +126,11 @@ class Learner:
         """Train from the broadcast model and return what this client honestly sends.
 
         With w_0 the broadcast model, `steps` times: w_{k+1} = w_k - lr * gradient of the mean
-        cross-entropy on a batch. Batches walk through the examples in random order, shuffled anew
-        when all have been seen. The order depends on (task.seed, client, round) alone, so the
-        result is the same wherever and whenever it is worked out. The update is delta = w_K - w_0.
+        cross-entropy on a batch, plus proximal (w_k - w_0) (FedProx: Li, Sahu, Zaheer, Sanjabi,
+        Talwalkar, Smith 2020, arXiv 1812.06127, equation 2). Batches walk through the examples in
+        random order, shuffled anew when all have been seen. The order depends on (task.seed, client,
+        round) alone, so the result is the same wherever and whenever it is worked out. The update is
+        delta = w_K - w_0.
 
         With momentum m the client sends u_t = m * u_{t-1} + (1 - m) * delta_t instead, and
         u_1 = delta_1: call once per round, in order. Source: Karimireddy, He, Jaggi, "Learning from
@@ -155,7 +157,8 @@ class Learner:
         """
         load_vector(self._module, model)
         self._module.train()
-        parameters = list(self._module.parameters())
+        parameters, pull = list(self._module.parameters()), self._task.lr * self._task.proximal
+        origins = [parameter.detach().clone() for parameter in parameters] if pull else parameters
         for rows in self._batches(round):
             loss = leash.alpha * cross_entropy(self._module(self._x[rows]), self._y[rows])
             if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
@@ -163,7 +166,9 @@ class Learner:
                 loss = loss + (1 - leash.alpha) * distance
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
-                for parameter, gradient in zip(parameters, gradients, strict=True):
+                for parameter, gradient, origin in zip(parameters, gradients, origins, strict=True):
+                    if pull:
+                        parameter.lerp_(origin, pull)
                     parameter.sub_(gradient, alpha=self._task.lr)
             if leash.radius < math.inf:
                 self._project(model, leash.radius)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedrobust.errors import InputError
 from fedrobust.text import Textual, parse
@@ -116,15 +116,80 @@ class CNN(Model):
         )
 
 
+class Residual(nn.Module):
+    """x -> ReLU(shortcut(x) + f(x)), f two 3 x 3 convolutions with group norm."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        """Of so many channels in and out; a shortcut of another shape is a 1 x 1 convolution."""
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False), _norm(outside), nn.ReLU()),
+            *(nn.Conv2d(outside, outside, 3, padding=1, bias=False), _norm(outside)),
+        )
+        same = inside == outside and stride == 1
+        reshaped = nn.Conv2d(inside, outside, 1, stride, bias=False), _norm(outside)
+        self.shortcut = nn.Identity() if same else nn.Sequential(*reshaped)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inside, h, w) -> (n, outside, h / stride, w / stride)."""
+        return torch.relu(self.shortcut(x) + self.body(x))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    # Groups of 16 channels, Wu and He's second choice; narrow layers are one group.
+    return nn.GroupNorm(max(channels // 16, 1), channels)
+
+
+@dataclass(frozen=True, repr=False)
+class ResNet(Model):
+    """Residual network for small images, with group norm in the place of batch norm.
+
+    Depth 6 k + 2 (20, 32, 44, 56, 110): three stages of k blocks, 16, 32 and 64 channels. Depth 18: four
+    stages of two blocks, 64 to 512 channels. Each stage but the first halves the image.
+
+    Sources: He, Zhang, Ren, Sun 2016 (arXiv 1512.03385), section 4.2 and, for 18, table 1 with the stem
+    of a 3 x 3 convolution that is usual for small images. Deviations: group norm (Wu, He 2018, arXiv
+    1803.08494), since statistics of batches do not average over clients; shortcuts of another shape are
+    convolutions.
+
+    Attributes:
+        depth: 18, or 6 k + 2 from 8 to 110.
+    """
+
+    name = "resnet"
+
+    depth: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        small = 8 <= self.depth <= 110 and self.depth % 6 == 2
+        self.require(small or self.depth == 18, "depth must be 18, or 6 k + 2 from 8 to 110")
+
+    def build(self, shape: Shape, classes: int) -> nn.Module:
+        """A convolution, the stages, the mean over places, and one linear layer."""
+        widths = (64, 128, 256, 512) if self.depth == 18 else (16, 32, 64)
+        blocks = 2 if self.depth == 18 else (self.depth - 2) // 6
+        first = nn.Conv2d(shape[0], widths[0], 3, padding=1, bias=False)
+        layers: list[nn.Module] = [first, _norm(widths[0]), nn.ReLU()]
+        inside = widths[0]
+        for width in widths:
+            for index in range(blocks):
+                halve = index == 0 and width != widths[0]
+                layers.append(Residual(inside, width, 2 if halve else 1))
+                inside = width
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
+
+
 CATALOG: dict[str, type[Model]] = {
     "softmax": Softmax,
     "mlp": MLP,
     "cnn": CNN,
+    "resnet": ResNet,
 }
 
 
 def parse_model(text: str) -> Model:
-    """Read `softmax`, `mlp(hidden=128)` or `cnn(32)`.
+    """Read `softmax`, `mlp(hidden=128)`, `cnn(32)` or `resnet(20)`.
 
     >>> parse_model("mlp(128)")
     mlp(hidden=128)

@@ -38,6 +38,7 @@ class Task(Textual):
         batch: examples per step; 0 means all that the client has.
         lr: the local learning rate, above 0.
         momentum: how much of the last update goes into the next one, in [0, 1).
+        proximal: FedProx's mu, at least 0: how strongly steps are pulled back to the round's model.
     """
 
     name = "task"
@@ -51,6 +52,7 @@ class Task(Textual):
     batch: int = 32
     lr: float = 0.1
     momentum: float = 0.0
+    proximal: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +65,7 @@ class Task(Textual):
         self.require(self.batch >= 0, "batch must be at least 1, or 0 for all local examples")
         self.require(self.lr > 0, "lr must be above 0")
         self.require(0 <= self.momentum < 1, "momentum must be in [0, 1)")
+        self.require(self.proximal >= 0, "proximal must not be negative")
 
     def to_json(self) -> str:
         """A JSON object of all fields, that `from_json` reads back."""

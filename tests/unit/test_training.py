@@ -21,6 +21,7 @@ from fedrobust.training import (
     Learner,
     Leash,
     Model,
+    ResNet,
     Shared,
     Softmax,
     Task,
@@ -32,7 +33,7 @@ from fedrobust.training import (
     to_vector,
 )
 
-MODELS = [Softmax(), MLP(), MLP(5), CNN(), CNN(width=3)]
+MODELS = [Softmax(), MLP(), MLP(5), CNN(), CNN(width=3), ResNet(8), ResNet(18)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,13 +68,22 @@ def test_model_is_made_from_its_seed_alone(model: Model) -> None:
     assert not torch.equal(first, to_vector(model((1, 8, 8), 10, seed=4)))
 
 
+@pytest.mark.parametrize(("depth", "size"), [(20, 269_722), (18, 11_173_962)])
+def test_residual_networks_have_the_published_size(depth: int, size: int) -> None:
+    """0.27 million parameters (table 6 of the paper), 11.2 million: ours with projections, no biases."""
+    module = ResNet(depth)((3, 32, 32), 10, seed=0)
+    projections = sum(p.numel() for n, p in module.named_parameters() if "shortcut" in n)
+    assert len(to_vector(module)) - (projections if depth == 20 else 0) == size
+    assert not list(module.buffers())  # all it knows is in its parameters
+
+
 def test_bad_models() -> None:
     with pytest.raises(InputError, match="at least 4 x 4"):
         CNN()((1, 3, 9), 10, seed=0)
-    with pytest.raises(InputError, match="cnn, mlp, softmax"):
-        parse_model("resnet")
-    for text in ("mlp(0)", "cnn(width=-1)", "mlp(hidden=2.5)"):
-        with pytest.raises(InputError, match=r"hidden|width"):
+    with pytest.raises(InputError, match="cnn, mlp, resnet, softmax"):
+        parse_model("transformer")
+    for text in ("mlp(0)", "cnn(width=-1)", "mlp(hidden=2.5)", "resnet(19)", "resnet(2)"):
+        with pytest.raises(InputError, match=r"hidden|width|depth"):
             parse_model(text)
 
 
@@ -133,6 +143,7 @@ tasks = st.builds(
     batch=st.integers(0, 512),
     lr=st.floats(1e-6, 10),
     momentum=st.floats(0, 1, exclude_max=True),
+    proximal=st.floats(0, 10),
 )
 
 
@@ -151,7 +162,7 @@ def test_task_json_may_leave_out_defaults() -> None:
         ({"dataset": "imagenet"}, "digits, fashion_mnist, mnist"),
         ({"split": "sorted"}, "dirichlet, iid"),
         ({"split": "dirichlet(-1)"}, "alpha"),
-        ({"model": "vit"}, "cnn, mlp, softmax"),
+        ({"model": "vit"}, "cnn, mlp, resnet, softmax"),
         ({"clients": 0}, "clients must be at least 1"),
         ({"clients": 2.5}, "clients must be int"),
         ({"clients": True}, "clients must be int"),
@@ -247,6 +258,28 @@ def test_update_does_not_depend_on_who_else_works(digits: Dataset) -> None:
 
     assert not torch.equal(alone[0], alone[1])
     assert not torch.equal(together[0].update(5, model), alone[0])
+
+
+def test_the_proximal_term_is_that_of_the_loss(digits: Dataset) -> None:
+    task = Task(model="mlp(5)", clients=5, steps=4, batch=0, proximal=2.0)
+    module = task.build_model(digits)
+    start = [parameter.detach().clone() for parameter in module.parameters()]
+    x, y = (
+        part[torch.from_numpy(task.partition(digits.train_y.numpy())[1])]
+        for part in (digits.train_x, digits.train_y)
+    )
+    for _ in range(4):
+        moved = sum((p - o).square().sum() for p, o in zip(module.parameters(), start, strict=True))
+        loss = cross_entropy(module(x), y) + 0.5 * 2.0 * moved
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+                parameter.sub_(gradient, alpha=0.1)
+    model = to_vector(task.build_model(digits))
+    found = Learner(task, digits, 1).update(0, model)
+    torch.testing.assert_close(found, to_vector(module) - model, rtol=1e-4, atol=1e-6)
+    free = Learner(dataclasses.replace(task, proximal=0.0), digits, 1).update(0, model)
+    assert found.norm() < free.norm()
 
 
 def test_momentum_is_the_closed_form(digits: Dataset) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import fedrobust as fr
 from fedrobust.data import load
-from fedrobust.training import Learner, Shared, Task, evaluate, load_vector, to_vector
+from fedrobust.training import Learner, Shared, Task, evaluate, load_vector, to_vector, updates
 
 CLIENTS, MALICIOUS, ROUNDS = 20, 4, 80
 
@@ -50,7 +50,7 @@ def accuracy(run: Run) -> float:
     coalition = run.attack and Threat(rogues, run.attack, run.rule, eps).coalition(task, dataset)
     model = to_vector(shared.module)
     for number in range(1, ROUNDS + 1):
-        rows = torch.stack([learner.update(number, model) for learner in learners])
+        rows = updates(learners, number, model)
         if coalition:
             rows = torch.cat([coalition.rows(number, model), rows])
         result = fr.aggregate(rows, run.rule, eps=eps)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedrobust.attacks import Attack, View, parse_attack
 from fedrobust.data import Dataset
 from fedrobust.rules import Aggregator, parse_rule
-from fedrobust.training import FREE, Learner, Leash, Poison, Shared, Task
+from fedrobust.training import FREE, Learner, Leash, Poison, Shared, Task, updates
 from fedrobust_clients.runtime import Floats, Honest, Update
 
 # Among the random streams of a task's seed, the one that attacks draw from.
@@ -100,7 +100,7 @@ class Coalition:
             self._learners[key] = [
                 Learner(self._task, self._dataset, i, poison, shared=self._shared) for i in members
             ]
-        return torch.stack([learner.update(number, model, leash) for learner in self._learners[key]])
+        return updates(self._learners[key], number, model, leash)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a federation trains, and how one client trains it."""
 
+from fedrobust.training.cohort import updates
 from fedrobust.training.local import FREE, Evaluation, Learner, Leash, Poison, Shared, evaluate
 from fedrobust.training.models import CNN, MLP, Model, ResNet, Softmax, parse_model
 from fedrobust.training.task import Task, client_name
@@ -26,4 +27,5 @@ __all__ = [
     "parse_model",
     "split_vector",
     "to_vector",
+    "updates",
 ]

@@ -76,7 +76,11 @@ class Learner:
     """One client's honest training: its examples and, with momentum, its last update.
 
     Attributes:
-        examples: how many local examples there are.
+        task: what is trained.
+        module: the workbench, with whatever parameters the last work left in it.
+        x: the local images.
+        y: their labels.
+        examples: how many there are.
     """
 
     def __init__(
@@ -105,17 +109,17 @@ class Learner:
         shared = shared or Shared.of(task, dataset)
         local = torch.from_numpy(shared.parts[client])
         x, y = dataset.train_x[local], dataset.train_y[local]
-        self._x, self._y = poison(x, y) if poison else (x, y)
-        if not 0 < len(self._x) == len(self._y):
+        self.x, self.y = poison(x, y) if poison else (x, y)
+        if not 0 < len(self.x) == len(self.y):
             raise InputError(
-                f"the poison left client {client} with {len(self._x)} images and {len(self._y)} "
+                f"the poison left client {client} with {len(self.x)} images and {len(self.y)} "
                 "labels; they must be as many, and at least one"
             )
-        self._task = task
+        self.task = task
         self._client = client
-        self._module = shared.module
+        self.module = shared.module
         self._sent: Tensor | None = None
-        self.examples = len(self._x)
+        self.examples = len(self.x)
 
     def update(
         self,
@@ -155,12 +159,12 @@ class Learner:
         Raises:
             InputError: the vector's length is not the model's.
         """
-        load_vector(self._module, model)
-        self._module.train()
-        parameters, pull = list(self._module.parameters()), self._task.lr * self._task.proximal
+        load_vector(self.module, model)
+        self.module.train()
+        parameters, pull = list(self.module.parameters()), self.task.lr * self.task.proximal
         origins = [parameter.detach().clone() for parameter in parameters] if pull else parameters
-        for rows in self._batches(round):
-            loss = leash.alpha * cross_entropy(self._module(self._x[rows]), self._y[rows])
+        for rows in self.batches(round):
+            loss = leash.alpha * cross_entropy(self.module(self.x[rows]), self.y[rows])
             if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
                 distance = torch.linalg.vector_norm(parameters_to_vector(parameters) - model)
                 loss = loss + (1 - leash.alpha) * distance
@@ -169,29 +173,31 @@ class Learner:
                 for parameter, gradient, origin in zip(parameters, gradients, origins, strict=True):
                     if pull:
                         parameter.lerp_(origin, pull)
-                    parameter.sub_(gradient, alpha=self._task.lr)
+                    parameter.sub_(gradient, alpha=self.task.lr)
             if leash.radius < math.inf:
                 self._project(model, leash.radius)
-        return self._with_momentum(to_vector(self._module).sub_(model))
+        return self.with_momentum(to_vector(self.module).sub_(model))
 
     def _project(self, model: Tensor, radius: float) -> None:
-        delta = to_vector(self._module).sub_(model)
+        delta = to_vector(self.module).sub_(model)
         length = float(torch.linalg.vector_norm(delta))
         if length > radius:
-            load_vector(self._module, model + (radius / length) * delta)
+            load_vector(self.module, model + (radius / length) * delta)
 
-    def _batches(self, round: int) -> Sequence[slice | Tensor]:  # noqa: A002
-        steps, batch = self._task.steps, self._task.batch
+    def batches(self, round: int) -> Sequence[slice | Tensor]:  # noqa: A002
+        """Which examples each of a round's steps is on."""
+        steps, batch = self.task.steps, self.task.batch
         if batch == 0 or batch >= self.examples:
             return [slice(None)] * steps
-        (seed,) = self._task.entropy(BATCHES, self._client, round).generate_state(1, np.uint64)
+        (seed,) = self.task.entropy(BATCHES, self._client, round).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed))
         passes = -(-steps * batch // self.examples)
         order = [torch.randperm(self.examples, generator=generator) for _ in range(passes)]
         return torch.cat(order)[: steps * batch].view(steps, batch).unbind()
 
-    def _with_momentum(self, delta: Tensor) -> Tensor:
-        momentum = self._task.momentum
+    def with_momentum(self, delta: Tensor) -> Tensor:
+        """What is sent after this round's training, (d,)."""
+        momentum = self.task.momentum
         if momentum == 0:
             return delta
         self._sent = delta if self._sent is None else torch.lerp(delta, self._sent, momentum)

@@ -25,12 +25,14 @@ from fedrobust.training import (
     Shared,
     Softmax,
     Task,
+    cohort,
     evaluate,
     load_vector,
     manifest,
     parse_model,
     split_vector,
     to_vector,
+    updates,
 )
 
 MODELS = [Softmax(), MLP(), MLP(5), CNN(), CNN(width=3), ResNet(8), ResNet(18)]
@@ -241,6 +243,36 @@ def test_several_steps_walk_through_the_examples(digits: Dataset) -> None:
     times = torch.tensor([sum(bool((x == e).all()) for x in torch.cat(seen)) for e in mine])
     assert times.sum() == 70
     assert times.max() - times.min() <= 1 + int(70 % len(mine) > 0)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task(model="mlp(7)", clients=9, split="dirichlet(0.2)", steps=4, batch=16, momentum=0.5),
+        Task(model="softmax", clients=30, split="quantity(0.5)", steps=3, batch=0, proximal=1.0),
+        Task(model="cnn(2)", clients=3, steps=2, batch=8),
+        Task(model="mlp(64)", clients=60, steps=1, batch=20),  # in several parts
+    ],
+    ids=repr,
+)
+def test_together_clients_come_to_the_same_updates(
+    digits: Dataset, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cohort, "_ELEMENTS", 1 << 18)
+    shared, model = Shared.of(task, digits), to_vector(task.build_model(digits))
+    alone, together = (
+        [Learner(task, digits, i, shared=shared) for i in range(task.clients)] for _ in range(2)
+    )
+    before = model.clone()
+    for number in (3, 4):
+        expected = torch.stack([learner.update(number, model) for learner in alone])
+        found = updates(together, number, model)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(model, before)
+    held = torch.stack([learner.update(5, model, Leash(radius=0.01)) for learner in alone])
+    torch.testing.assert_close(
+        updates(together, 5, model, Leash(radius=0.01)), held, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_update_does_not_depend_on_who_else_works(digits: Dataset) -> None:

@@ -144,11 +144,14 @@ def trial(setting: Setting, seed: int, data_dir: Path | None) -> Mapping[str, fl
 
 
 def settings(quick: bool) -> list[Setting]:
-    """MNIST and CIFAR-10 at 5 % and 10 % of the target's images; quick: part of MNIST, few epochs."""
+    """MNIST and CIFAR-10, 5 % and 10 % of the target's images stamped; quick: MNIST alone, less of it.
+
+    Of either a part: five networks a trial, three seeds, are to train in some two hours on one core.
+    """
     if quick:
         small = {"dataset": "mnist", "fraction": 0.1, "pixels": 2, "examples": 10_000, "epochs": 2}
         return [small]
-    forms = {"mnist": (60_000, 4, 2), "cifar10": (50_000, 12, 3)}
+    forms = {"mnist": (20_000, 2, 2), "cifar10": (15_000, 6, 3)}
     return [
         {"dataset": name, "fraction": f, "pixels": pixels, "examples": examples, "epochs": epochs}
         for name, (examples, epochs, pixels) in forms.items()

@@ -28,13 +28,12 @@ from fedrobust_server.schedule import Sever
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 import fedrobust as fr
 from fedrobust.data import load
 from fedrobust.statistics import QUEDetector
 from fedrobust.statistics.severing import spectral_scores
-from fedrobust.training import Learner, Shared, Task, evaluate, load_vector, manifest, to_vector
+from fedrobust.training import Learner, Shared, Task, evaluate, load_vector, manifest, to_vector, updates
 
 CLIENTS, MALICIOUS = 20, 4
 EPS = MALICIOUS / CLIENTS
@@ -89,10 +88,9 @@ def train(run: Run) -> Found:
     seen: list[list[list[float]]] = []
     last, schedule = sum(math.prod(shape) for _, shape in manifest(shared.module)[-2:]), Sever()
     for number in range(1, run.rounds + 1):
-        bad = coalition.rows(number, model) if asked[0] < MALICIOUS else Tensor()
-        rows = torch.stack(
-            [bad[i] if i < MALICIOUS else learners[i].update(number, model) for i in asked]
-        )
+        bad = [i for i in asked if i < MALICIOUS]
+        rows = updates([learners[i] for i in asked if i >= MALICIOUS], number, model)
+        rows = torch.cat([coalition.rows(number, model)[bad], rows]) if bad else rows
         model = model + fr.aggregate(rows, run.rule, eps=EPS, seed=number).value
         points = rows.double().numpy()
         if run.sever and schedule.looks(number):

@@ -67,7 +67,7 @@ class Security:
     proof: str
     federation: str
     pair: Watched[grpc.ServerCertificateConfiguration] = field(repr=False)
-    tokens_key: Ed25519PublicKey = field(repr=False)
+    tokens_key: Watched[Ed25519PublicKey] = field(repr=False)
     revoked: Revoked = field(repr=False)
 
     @classmethod
@@ -86,7 +86,11 @@ class Security:
                 partial(_read_pair, folder, mutual=proof == "certificate"),
                 "the certificate as it was stays in use",
             ),
-            tokens_key=_tokens_key(folder / "tokens.pub"),
+            tokens_key=Watched(
+                [folder / "tokens.pub"],
+                partial(_tokens_key, folder / "tokens.pub"),
+                "tokens go on being judged by the key as it was",
+            ),
             revoked=Revoked(folder / "revoked"),
         )
 
@@ -144,7 +148,7 @@ class Security:
         if not data:
             raise UnauthenticatedError("this federation asks for an enrolment token")
         try:
-            token = tokens.verify(data.strip(), self.tokens_key)
+            token = tokens.verify(data.strip(), self.tokens_key.value())
         except InputError as error:
             raise UnauthenticatedError(str(error)) from None
         if token.federation not in ("", self.federation):

@@ -22,7 +22,7 @@ from fedrobust_server.gateway import check_address
 from fedrobust_server.keys import Authority
 from fedrobust_server.limits import Cut, Limits, Slots, due, prompt
 from fedrobust_server.names import check_name, is_serial, new_serial
-from fedrobust_server.refusals import ExhaustedError, StalledError, UnknownError
+from fedrobust_server.refusals import ExhaustedError, StalledError, UnauthenticatedError, UnknownError
 from fedrobust_server.revoked import Revoked, read_revoked
 from fedrobust_server.security import Identity, Security
 from fedrobust_server.sessions import Session, Sessions
@@ -286,13 +286,27 @@ def test_what_is_wrong_with_a_servers_folder_is_said(tmp_path: Path, keys: Path)
     Security.load(server)
 
 
+def test_tokens_are_judged_by_the_key_that_is_there(tmp_path: Path) -> None:
+    old, new = (Authority.create(tmp_path / name) for name in ("old", "new"))
+    server, path = old.server(["localhost"]), new.token("bob")
+    security, token = Security.load(server, "token"), path.read_bytes()
+    with pytest.raises(UnauthenticatedError):
+        security.identify({}, token)
+    replacement = (new.folder / "tokens.pub").read_bytes()
+    (server / "tokens.pub").write_bytes(b"nothing yet")
+    with pytest.raises(UnauthenticatedError):
+        security.identify({}, token)  # by the key as it was
+    (server / "tokens.pub").write_bytes(replacement)
+    assert security.identify({}, token).name == "bob"
+
+
 def test_secrets_do_not_show(keys: Path) -> None:
     token = (keys / "tokens/bob.token").read_bytes().strip()
     objects = [
         Security.load(keys / "server"),
         Credentials.read(keys=keys / "clients/alice", token=keys / "tokens/bob.token"),
         Session(b"sesame", "alice", Identity("alice", "0", 0.0)),
-        verify(token, Security.load(keys / "server").tokens_key),
+        verify(token, Security.load(keys / "server").tokens_key.value()),
     ]
     for thing in objects:
         assert "BEGIN" not in repr(thing)

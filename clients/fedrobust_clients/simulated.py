@@ -12,9 +12,14 @@ import ray
 import torch
 
 from fedrobust.data import load
-from fedrobust.training import Learner, Shared, Task, client_name
+from fedrobust.training import Learner, Shared, Task, client_name, updates
 from fedrobust_clients.malicious import Malicious, Threat
 from fedrobust_clients.runtime import Connection, Floats, Honest, Update, participate
+
+_MOMENT = 0.01
+"""Seconds to wait for others whose work can be done together."""
+_ELEMENTS = 1 << 24
+"""Coordinates that travel at a time: batches of large models are small, and memory is bounded."""
 
 
 class Crew:
@@ -40,9 +45,17 @@ class Crew:
     def ready(self) -> None:
         """Answers when the crew has come to life."""
 
-    def update(self, member: int, number: int, model: Floats) -> Update:
-        """One member's update of a round."""
-        return self._members[member].train(number, model)
+    def updates(self, members: Sequence[int], number: int, model: Floats) -> list[Update]:
+        """Some members' updates of a round; honest ones train together."""
+        working = [self._members[i] for i in members]
+        learners = [member.learner for member in working if isinstance(member, Honest)]
+        rows = iter(updates(learners, number, torch.from_numpy(model.copy())) if learners else ())
+        return [
+            Update(next(rows).numpy(), member.learner.examples)
+            if isinstance(member, Honest)
+            else member.train(number, model)
+            for member in working
+        ]
 
 
 @dataclass
@@ -59,19 +72,58 @@ class _Broadcast:
         return self.reference
 
 
+class _Desk:
+    """Hands a crew its members' work in batches: who comes within a moment goes along."""
+
+    def __init__(self, crew: Any, broadcast: _Broadcast) -> None:  # noqa: ANN401 (Ray's handles are untyped)
+        self._crew, self._broadcast = crew, broadcast
+        self._waiting: dict[int, list[tuple[int, asyncio.Future[Update]]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def update(self, member: int, number: int, model: Floats) -> Update:
+        """One member's update of a round."""
+        loop = asyncio.get_running_loop()
+        if number not in self._waiting:
+            self._waiting[number] = []
+            loop.call_later(_MOMENT, self._hand_in, number, model)
+        found: asyncio.Future[Update] = loop.create_future()
+        self._waiting[number].append((member, found))
+        return await found
+
+    def _hand_in(self, number: int, model: Floats) -> None:
+        waiting, size = self._waiting.pop(number), max(1, _ELEMENTS // len(model))
+        for start in range(0, len(waiting), size):
+            work = self._work(waiting[start : start + size], number, model)
+            task = asyncio.get_running_loop().create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _work(
+        self, batch: Sequence[tuple[int, asyncio.Future[Update]]], number: int, model: Floats
+    ) -> None:
+        members, reference = [member for member, _ in batch], self._broadcast.of(number, model)
+        try:
+            done = await self._crew.updates.remote(members, number, reference)
+        except Exception as error:  # noqa: BLE001 (whatever broke is for those who wait to deal with)
+            for _, found in batch:
+                if not found.done():
+                    found.set_exception(error)
+            return
+        for (_, found), update in zip(batch, done, strict=True):
+            if not found.done():  # it may have been cancelled
+                found.set_result(update)
+
+
 @dataclass(frozen=True)
 class Simulated:
     """A runtime whose work is done by a crew."""
 
-    crew: Any
+    desk: _Desk
     member: int
-    broadcast: _Broadcast
 
     async def update(self, round: int, model: Floats) -> Update:  # noqa: A002
         """Have the crew work out this member's update."""
-        reference = self.broadcast.of(round, model)
-        update: Update = await self.crew.update.remote(self.member, round, reference)
-        return update
+        return await self.desk.update(self.member, round, model)
 
 
 async def simulate(
@@ -101,7 +153,8 @@ async def simulate(
     for members in filter(None, groups):
         crew = remote.remote(task, data_dir, members, threat)
         crews.append(crew)
-        runtimes |= {i: Simulated(crew, i, broadcast) for i in members}
+        desk = _Desk(crew, broadcast)
+        runtimes |= {i: Simulated(desk, i) for i in members}
     # A client joins when it can work: processes that are still starting must not spend the deadline.
     await asyncio.gather(*(crew.ready.remote() for crew in crews))
     await asyncio.gather(*(_participate(connection, i, r) for i, r in runtimes.items()))

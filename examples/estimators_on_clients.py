@@ -7,7 +7,7 @@ scores of single rounds tell the malicious clients from the honest ones, as the 
 (0.5 is chance), mean over the first thirty rounds of a federation whose model the filter keeps going.
 Scores are taken of whole updates and of their last layer. Second table: test accuracy in percent after
 eighty rounds, where SEVER trains by the plain mean and looks three times, ten rounds apart. Cells: mean
-and spread (largest minus smallest) over the seeds. Takes some six minutes on two cores.
+and spread (largest minus smallest) over the seeds. Takes some ten minutes on two cores.
 """
 
 from __future__ import annotations

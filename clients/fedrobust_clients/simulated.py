@@ -72,46 +72,33 @@ class _Broadcast:
         return self.reference
 
 
+@dataclass(frozen=True)
 class _Desk:
     """Hands a crew its members' work in batches: who comes within a moment goes along."""
 
-    def __init__(self, crew: Any, broadcast: _Broadcast) -> None:  # noqa: ANN401 (Ray's handles are untyped)
-        self._crew, self._broadcast = crew, broadcast
-        self._waiting: dict[int, list[tuple[int, asyncio.Future[Update]]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+    crew: Any
+    broadcast: _Broadcast
+    open: dict[int, tuple[list[int], asyncio.Task[list[Update]]]] = field(default_factory=dict)
 
     async def update(self, member: int, number: int, model: Floats) -> Update:
         """One member's update of a round."""
-        loop = asyncio.get_running_loop()
-        if number not in self._waiting:
-            self._waiting[number] = []
-            loop.call_later(_MOMENT, self._hand_in, number, model)
-        found: asyncio.Future[Update] = loop.create_future()
-        self._waiting[number].append((member, found))
-        return await found
+        if number not in self.open:
+            begun: list[int] = []
+            self.open[number] = begun, asyncio.create_task(self._work(begun, number, model))
+        members, work = self.open[number]
+        place = len(members)
+        members.append(member)
+        if len(members) * len(model) >= _ELEMENTS:
+            del self.open[number]
+        return (await asyncio.shield(work))[place]  # who leaves does not stop the others' work
 
-    def _hand_in(self, number: int, model: Floats) -> None:
-        waiting, size = self._waiting.pop(number), max(1, _ELEMENTS // len(model))
-        for start in range(0, len(waiting), size):
-            work = self._work(waiting[start : start + size], number, model)
-            task = asyncio.get_running_loop().create_task(work)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _work(
-        self, batch: Sequence[tuple[int, asyncio.Future[Update]]], number: int, model: Floats
-    ) -> None:
-        members, reference = [member for member, _ in batch], self._broadcast.of(number, model)
-        try:
-            done = await self._crew.updates.remote(members, number, reference)
-        except Exception as error:  # noqa: BLE001 (whatever broke is for those who wait to deal with)
-            for _, found in batch:
-                if not found.done():
-                    found.set_exception(error)
-            return
-        for (_, found), update in zip(batch, done, strict=True):
-            if not found.done():  # it may have been cancelled
-                found.set_result(update)
+    async def _work(self, members: list[int], number: int, model: Floats) -> list[Update]:
+        await asyncio.sleep(_MOMENT)
+        if number in self.open and self.open[number][0] is members:
+            del self.open[number]
+        reference = self.broadcast.of(number, model)
+        done: list[Update] = await self.crew.updates.remote(members, number, reference)
+        return done
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,13 +113,14 @@ class Rehearsal:
         Args:
             coefficients: (f, K), or (K,) for rows that are all the same.
         """
-        decision = self._decide(coefficients)
+        decision = self._decide(self._everything(coefficients))
         return None if decision.reducer or decision.matrix is None else decision.matrix[0]
 
     def error(self, coefficients: Matrix) -> float:
         """How far the aggregate is from the honest mean with these rows; argument as for `weights`."""
-        decision = self._decide(coefficients)
-        block = Block(torch.from_numpy(self._everything(coefficients) @ self.points))
+        clients = self._everything(coefficients)
+        decision = self._decide(clients)
+        block = Block(torch.from_numpy(clients @ self.points))
         value = kernels.mix_and_reduce(block, decision.matrix, decision.reducer).numpy()
         return float(np.linalg.norm(value - self.mean @ self.points))
 
@@ -140,23 +140,22 @@ class Rehearsal:
         """(n, K) all clients' rows as combinations of the vectors."""
         return np.vstack([self._each(coefficients), np.eye(self.honest, len(self.vectors))])
 
-    def _decide(self, coefficients: Matrix) -> Decision:
-        clients = self._everything(coefficients)
+    def _decide(self, clients: Matrix) -> Decision:
         anchors = () if self.root is None else ("root",)
         every = np.vstack([clients, np.eye(len(self.vectors))[len(self.vectors) - len(anchors) :]])
         rows = every @ self.points
 
-        def gram_of(compute: Callable[[], Matrix], **more: Any) -> Gram:  # noqa: ANN401 (its fields)
-            shares = np.full(len(clients), 1 / len(clients))
-            return Gram(compute, shares, DEFAULT_EPS, self.seed, anchors, **more)
-
-        def ending(count: int) -> Gram:
-            return gram_of(lambda: every @ self._last(count) @ every.T)
-
-        gram = gram_of(
+        seen = partial(
+            Gram,
+            shares=np.full(len(clients), 1 / len(clients)),
+            eps=DEFAULT_EPS,
+            seed=self.seed,
+            anchors=anchors,
+        )
+        gram = seen(
             lambda: rows @ rows.T,
             count_signs=partial(_count_signs, rows[: len(clients)]),
-            ending=ending,
+            ending=lambda count: seen(lambda: every @ self._last(count) @ every.T),
             width=len(self.vectors[0]),
         )
         return self.rule(assume(gram, self.eps))

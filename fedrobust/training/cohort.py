@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from fedrobust.training.local import FREE, Learner, Leash
+from fedrobust.training.local import FREE, Learner, Leash, descend
 from fedrobust.training.vectors import load_vector
 
 _DENSE = (nn.Sequential, nn.Flatten, nn.Linear, nn.ReLU)
@@ -44,7 +44,8 @@ def updates(
     dense = all(isinstance(part, _DENSE) for part in learners[0].module.modules())
     if leash != FREE or not dense:
         return torch.stack([learner.update(round, model, leash) for learner in learners])
-    most = max(len(learner.x[rows]) for learner in learners for rows in learner.batches(round)[:1])
+    largest = max(learner.examples for learner in learners)
+    most = min(learners[0].task.batch or largest, largest)
     each = 4 * len(model) + most * learners[0].x[0].numel()
     count = max(1, _ELEMENTS // each)
     deltas = [
@@ -73,9 +74,7 @@ def _trained(learners: Sequence[Learner], round: int, model: Tensor, most: int) 
     for rows in zip(*plans, strict=True):
         gradients = step(stacked, *_batch(learners, rows, most))
         for name, parameter in stacked.items():
-            if task.proximal:
-                parameter.lerp_(origin[name], task.lr * task.proximal)
-            parameter.sub_(gradients[name], alpha=task.lr)
+            descend(task, parameter, gradients[name], origin[name])
     moved = [(stacked[name] - start).flatten(1) for name, start in origin.items()]
     return torch.cat(moved, dim=1)
 

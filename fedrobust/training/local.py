@@ -16,7 +16,7 @@ from fedrobust.data import Dataset
 from fedrobust.data.splits import Indices
 from fedrobust.errors import InputError
 from fedrobust.training.task import BATCHES, Task
-from fedrobust.training.vectors import load_vector, to_vector
+from fedrobust.training.vectors import load_vector, manifest, split_vector, to_vector
 
 Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Turns local data (images, labels) into the data that a poisoning client trains on.
@@ -161,8 +161,8 @@ class Learner:
         """
         load_vector(self.module, model)
         self.module.train()
-        parameters, pull = list(self.module.parameters()), self.task.lr * self.task.proximal
-        origins = [parameter.detach().clone() for parameter in parameters] if pull else parameters
+        parameters = list(self.module.parameters())
+        origins = split_vector(model, manifest(self.module)).values()
         for rows in self.batches(round):
             loss = leash.alpha * cross_entropy(self.module(self.x[rows]), self.y[rows])
             if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
@@ -171,9 +171,7 @@ class Learner:
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
                 for parameter, gradient, origin in zip(parameters, gradients, origins, strict=True):
-                    if pull:
-                        parameter.lerp_(origin, pull)
-                    parameter.sub_(gradient, alpha=self.task.lr)
+                    descend(self.task, parameter, gradient, origin)
             if leash.radius < math.inf:
                 self._project(model, leash.radius)
         return self.with_momentum(to_vector(self.module).sub_(model))
@@ -202,6 +200,13 @@ class Learner:
             return delta
         self._sent = delta if self._sent is None else torch.lerp(delta, self._sent, momentum)
         return self._sent.clone()
+
+
+def descend(task: Task, parameter: Tensor, gradient: Tensor, origin: Tensor) -> None:
+    """One local step, in place: against the gradient of the loss, and back towards the origin."""
+    if task.proximal:
+        parameter.lerp_(origin, task.lr * task.proximal)
+    parameter.sub_(gradient, alpha=task.lr)
 
 
 @dataclass(frozen=True)

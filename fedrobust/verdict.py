@@ -10,7 +10,7 @@ from `VISIBLE` times on it pays to remove something, from `ALARMING` times on so
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 
@@ -21,7 +21,7 @@ VISIBLE = 3.0
 ALARMING = 6.0
 
 
-class Verdict(str, Enum):
+class Verdict(StrEnum):
     """What is said of the round as a whole."""
 
     NOT_JUDGED = "not judged"

@@ -97,8 +97,9 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
     async def _send(self, context: Context, answer: Any) -> None:  # noqa: ANN401 (any message)
         """Answer, if the caller takes it: what waits to be sent keeps a model in memory."""
         try:
-            await asyncio.wait_for(context.write(answer), self._limits.message_timeout)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(self._limits.message_timeout):  # as in `due`
+                await context.write(answer)
+        except TimeoutError:
             raise StalledError(
                 f"no answer was taken for {self._limits.message_timeout:g} seconds"
             ) from None

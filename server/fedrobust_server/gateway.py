@@ -101,19 +101,17 @@ class Gateway(federation_pb2_grpc.FederationServicer):
         self._sessions.open(reply.session, identity)
         return reply
 
-    async def Rounds(self, request: RoundsRequest, context: Context) -> AsyncIterator[Assignment]:  # noqa: N802
+    def Rounds(self, request: RoundsRequest, context: Context) -> AsyncGenerator[Assignment, None]:  # noqa: N802
         """Wait for work."""
         caller = self._caller(request.session, context)
         take(self._calls, caller.client, context)
-        async for assignment in self._while_admitted(caller, self._served.rounds(request)):
-            yield assignment
+        return self._while_admitted(caller, self._served.rounds(request))
 
-    async def Model(self, request: ModelRequest, context: Context) -> AsyncIterator[Chunk]:  # noqa: N802
+    def Model(self, request: ModelRequest, context: Context) -> AsyncGenerator[Chunk, None]:  # noqa: N802
         """Download the model."""
         caller = self._caller(request.session, context)
         take(self._calls, caller.client, context)
-        async for chunk in self._while_admitted(caller, self._served.model(request)):
-            yield chunk
+        return self._while_admitted(caller, self._served.model(request))
 
     async def Progress(self, request: ProgressRequest, context: Context) -> ProgressReply:  # noqa: N802
         """Ask what is here of an update."""

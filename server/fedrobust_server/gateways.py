@@ -199,8 +199,9 @@ class Gateways:
         calls = [getattr(actor, method).remote(*arguments) for actor in self._actors.values()]
         called = asyncio.gather(*calls, return_exceptions=True)
         try:
-            told = await asyncio.wait_for(called, _PATIENCE)
-        except asyncio.TimeoutError:  # when Ray is gone, calls neither return nor fail
+            async with asyncio.timeout(_PATIENCE):
+                told = await called
+        except TimeoutError:  # when Ray is gone, calls neither return nor fail
             log.warning("not every gateway answers when told to %s", method)
             return
         for error in told:

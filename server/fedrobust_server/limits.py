@@ -181,16 +181,18 @@ async def prompt(
         yield message
 
 
-async def due(messages: AsyncIterator[T], timeout: float) -> T | None:
+async def due(messages: AsyncIterator[T], seconds: float) -> T | None:
     """The next message of a stream, which is to come now; None at the stream's end.
 
     Raises:
-        StalledError: it has not come within `timeout` seconds.
+        StalledError: it has not come within `seconds`.
     """
     try:
-        return await asyncio.wait_for(anext(messages, None), timeout)
-    except asyncio.TimeoutError:
-        raise StalledError(f"no message came for {timeout:g} seconds") from None
+        # Not `wait_for`, which before Python 3.12 forgets that a call was cancelled as its message came.
+        async with asyncio.timeout(seconds):
+            return await anext(messages, None)
+    except TimeoutError:
+        raise StalledError(f"no message came for {seconds:g} seconds") from None
 
 
 class Cut(Generic[T]):

@@ -40,7 +40,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from statistics import median
 
 from fedrobust import InputError, Verdict
@@ -92,7 +92,7 @@ def parse_policy(text: str) -> Policy:
     return parse(text, {Policy.name: Policy}, "quarantine policy")
 
 
-class Standing(str, Enum):
+class Standing(StrEnum):
     """What a client may do."""
 
     FREE = "free"

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def span(finished: Rows) -> str:
     if not finished:
         return ""
     first, last = finished[0]["opened"], finished[-1]["closed"]
-    begun = datetime.fromtimestamp(first, timezone.utc)
+    begun = datetime.fromtimestamp(first, UTC)
     took = timedelta(seconds=max(round(last - first), 0))
     return f"Begun {begun:%Y-%m-%d %H:%M} UTC; took {took}."
 

@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from fedrobust import InputError
 
 COMMAND = [sys.executable, "-m", "fedrobust.cli"]
-PAST = datetime.now(timezone.utc) - timedelta(days=10)
+PAST = datetime.now(UTC) - timedelta(days=10)
 CHUNK = pb.SubmitRequest(chunk=pb.Chunk(data=b"1234"))
 
 

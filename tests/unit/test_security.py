@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 from collections.abc import AsyncIterator, Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from fedrobust import InputError
 from fedrobust.cli import main
 from fedrobust.text import printable
 
-PAST = datetime.now(timezone.utc) - timedelta(days=10)
+PAST = datetime.now(UTC) - timedelta(days=10)
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +386,28 @@ def test_a_message_must_come_in_time() -> None:
 
     with pytest.raises(StalledError, match="no message came"):
         asyncio.run(due(never(), 0.01))
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_call_ends_when_its_message_comes_as_the_caller_leaves(turns: int) -> None:
+    """Were the cancelling lost, the server would go on with a call that nobody is at the end of."""
+
+    async def scenario() -> None:
+        coming: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+
+        async def stream() -> AsyncIterator[tuple[str, int]]:
+            yield await coming
+
+        call = asyncio.create_task(due(stream(), 60))
+        await asyncio.sleep(0)
+        coming.set_result(("message", 1))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if call.cancel():  # it was not over
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+    asyncio.run(scenario())
 
 
 def test_slots_are_given_back() -> None:

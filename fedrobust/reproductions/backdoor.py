@@ -19,8 +19,9 @@ from torch.nn.functional import cross_entropy
 
 from fedrobust.attacks import Trigger
 from fedrobust.data import Dataset, load
-from fedrobust.reproductions.experiment import Experiment, Setting, Trial, grouped, table
+from fedrobust.reproductions.experiment import Experiment
 from fedrobust.statistics.spectral_signatures import SpectralSignatures
+from fedrobust.trials import Setting, Trial, grouped, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,17 +22,10 @@ from fedrobust.data.files import need_files
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix
 from fedrobust.reproductions import covariance_rivals as rivals
-from fedrobust.reproductions.experiment import (
-    Experiment,
-    Setting,
-    Trial,
-    grouped,
-    published,
-    summary,
-    table,
-)
+from fedrobust.reproductions.experiment import Experiment, published
 from fedrobust.statistics import RobustCovariance
 from fedrobust.statistics.covariance import Mask
+from fedrobust.trials import Setting, Trial, grouped, summary, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -34,17 +34,9 @@ from fedrobust.data.cifar10 import SIZES, load_cifar10
 from fedrobust.data.files import need_files
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
-from fedrobust.reproductions.experiment import (
-    Experiment,
-    Setting,
-    Summary,
-    Trial,
-    grouped,
-    published,
-    summary,
-    table,
-)
+from fedrobust.reproductions.experiment import Experiment, published
 from fedrobust.statistics import QUEDetector, whitening
+from fedrobust.trials import Setting, Summary, Trial, grouped, summary, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

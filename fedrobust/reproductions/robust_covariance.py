@@ -19,16 +19,9 @@ from sklearn.covariance import MinCovDet
 
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.reproductions import covariance_rivals as rivals
-from fedrobust.reproductions.experiment import (
-    Experiment,
-    Setting,
-    Summary,
-    Trial,
-    grouped,
-    published,
-    table,
-)
+from fedrobust.reproductions.experiment import Experiment, published
 from fedrobust.statistics import RobustCovariance
+from fedrobust.trials import Setting, Summary, Trial, grouped, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from fedrobust.kernels import Vector
 from fedrobust.reproductions import rivals
-from fedrobust.reproductions.experiment import Experiment, Setting, Trial, grouped, published, table
+from fedrobust.reproductions.experiment import Experiment, published
 from fedrobust.statistics import RobustMean
+from fedrobust.trials import Setting, Trial, grouped, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

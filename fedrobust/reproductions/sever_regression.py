@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedrobust.kernels import Matrix, Vector
-from fedrobust.reproductions.experiment import (
-    Experiment,
-    Setting,
-    Summary,
-    Trial,
-    grouped,
-    published,
-    table,
-)
+from fedrobust.reproductions.experiment import Experiment, published
 from fedrobust.reproductions.sever_defences import (
     COLORS,
     DEFENCES,
@@ -31,6 +23,7 @@ from fedrobust.reproductions.sever_defences import (
     read,
 )
 from fedrobust.statistics.severing import sever
+from fedrobust.trials import Setting, Summary, Trial, grouped, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

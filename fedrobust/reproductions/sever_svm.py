@@ -20,9 +20,10 @@ from scipy.sparse import csr_matrix, diags, issparse, vstack
 from sklearn.svm import SVC
 
 from fedrobust.kernels import Matrix, Vector
-from fedrobust.reproductions.experiment import Experiment, Setting, Trial, grouped, published, table
+from fedrobust.reproductions.experiment import Experiment, published
 from fedrobust.reproductions.sever_defences import COLORS, DEFENCES, Problem, defended, read
 from fedrobust.statistics.severing import Gradients
+from fedrobust.trials import Setting, Trial, grouped, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,9 +21,9 @@ from sklearn.utils.estimator_checks import check_estimator
 from fedrobust.data.cifar10 import load_cifar10
 from fedrobust.errors import InputError
 from fedrobust.reproductions import CATALOG, que
-from fedrobust.reproductions.experiment import Trial
 from fedrobust.statistics import QUEDetector, whitening
 from fedrobust.statistics.que import growth_polynomial, sketch_size, sketching_pays
+from fedrobust.trials import Trial
 
 Matrix = npt.NDArray[np.float64]
 SHAPES = [(60, 4), (30, 80), (90, 70)]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fedrobust import InputError
 from fedrobust.cli import main
 from fedrobust.reproductions import CATALOG, Experiment
-from fedrobust.reproductions.experiment import Trial, grouped, read, summary, table
+from fedrobust.trials import Trial, grouped, read, summary, table
 
 
 def counting(ran: list[tuple[int, int]], stop_at: int = 99) -> Experiment:

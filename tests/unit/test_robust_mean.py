@@ -15,11 +15,11 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fedrobust import InputError, Verdict
 from fedrobust.kernels import Matrix
-from fedrobust.reproductions.experiment import Trial
 from fedrobust.reproductions.rivals import geometric_median, lai_rao_vempala
 from fedrobust.reproductions.robust_mean import ESTIMATORS, EXPERIMENT, NOISES, published_size
 from fedrobust.statistics import RobustMean
 from fedrobust.statistics import tail_filter as tails
+from fedrobust.trials import Trial
 
 FORMS = [
     {"covariance": covariance, "method": method}

@@ -33,7 +33,6 @@ from torch.nn.functional import cross_entropy, mse_loss, softplus
 
 from fedrobust import InputError
 from fedrobust.reproductions import Experiment, sever_defences, sever_regression, sever_svm
-from fedrobust.reproductions.experiment import Trial
 from fedrobust.reproductions.sever_defences import DEFENCES, below, distances
 from fedrobust.statistics import (
     ModuleClassifier,
@@ -45,6 +44,7 @@ from fedrobust.statistics import (
     sever,
 )
 from fedrobust.statistics.severing import REMOVALS, spectral_scores
+from fedrobust.trials import Trial
 
 Data = tuple[np.ndarray, np.ndarray]
 

@@ -17,9 +17,9 @@ from fedrobust import InputError
 from fedrobust.attacks import Trigger
 from fedrobust.data import load
 from fedrobust.reproductions import backdoor
-from fedrobust.reproductions.experiment import Trial
 from fedrobust.statistics import SpectralSignatures
 from fedrobust.statistics.spectral_signatures import top_direction
+from fedrobust.trials import Trial
 
 Matrix = Any
 

@@ -1,0 +1,100 @@
+"""Trials: settings tried with several seeds, kept line by line as they end, and summed up over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedrobust.errors import InputError
+
+Group = TypeVar("Group", bound=Hashable)
+Setting = Mapping[str, Any]
+"""One point of a grid: what JSON can hold."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting, run once.
+
+    Attributes:
+        setting: what was tried.
+        seed: of everything random in it.
+        figures: what was measured, by name.
+        seconds: how long it took.
+    """
+
+    setting: Setting
+    seed: int
+    figures: Mapping[str, float]
+    seconds: float
+
+    @property
+    def key(self) -> str:
+        """The same for the same setting and seed."""
+        return json.dumps([dict(self.setting), self.seed], sort_keys=True)
+
+
+def read(path: Path) -> list[Trial]:
+    """The trials that a file holds; a last line that was cut off by a crash is left out.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    try:
+        return [Trial(**json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} does not hold trials ({error}); move it away") from None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Several seeds' figures: mean, standard deviation, and how many."""
+
+    mean: float
+    spread: float
+    count: int
+
+    def __str__(self) -> str:
+        """As a table shows it; one value has no spread."""
+        if not self.count:
+            return ""
+        return f"{self.mean:.3g}" + (f" ± {self.spread:.2g}" if self.count > 1 else "")
+
+
+def summary(values: Iterable[float]) -> Summary:
+    """Mean and sample standard deviation; those that are not finite are left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return Summary(math.nan, math.nan, 0)
+    spread = float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
+    return Summary(float(np.mean(finite)), spread, len(finite))
+
+
+def grouped(
+    trials: Iterable[Trial], by: Callable[[Setting], Group], figure: str
+) -> dict[Group, Summary]:
+    """One figure over the seeds of each group of settings, in the order of the trials."""
+    groups: dict[Group, list[float]] = defaultdict(list)
+    for trial in trials:
+        if figure in trial.figures:
+            groups[by(trial.setting)].append(trial.figures[figure])
+    return {group: summary(values) for group, values in groups.items()}
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown; everything but the first column is right-aligned."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *rows])

@@ -130,9 +130,9 @@ class Learner:
         """Train from the broadcast model and return what this client honestly sends.
 
         With w_0 the broadcast model, `steps` times: w_{k+1} = w_k - lr * gradient of the mean
-        cross-entropy on a batch, plus proximal (w_k - w_0) (FedProx: Li, Sahu, Zaheer, Sanjabi,
-        Talwalkar, Smith 2020, arXiv 1812.06127, equation 2). Batches walk through the examples in
-        random order, shuffled anew when all have been seen. The order depends on (task.seed, client,
+        cross-entropy on a batch, plus decay w_k, plus proximal (w_k - w_0) (FedProx: Li, Sahu, Zaheer,
+        Sanjabi, Talwalkar, Smith 2020, arXiv 1812.06127, equation 2). Batches walk through the examples
+        in random order, shuffled anew when all have been seen. The order depends on (task.seed, client,
         round) alone, so the result is the same wherever and whenever it is worked out. The update is
         delta = w_K - w_0.
 
@@ -203,7 +203,9 @@ class Learner:
 
 
 def descend(task: Task, parameter: Tensor, gradient: Tensor, origin: Tensor) -> None:
-    """One local step, in place: against the gradient of the loss, and back towards the origin."""
+    """One local step, in place: against the gradient of the loss, to zero, and back to the origin."""
+    if task.decay:
+        gradient = gradient.add(parameter, alpha=task.decay)
     if task.proximal:
         parameter.lerp_(origin, task.lr * task.proximal)
     parameter.sub_(gradient, alpha=task.lr)

@@ -39,6 +39,10 @@ class Task(Textual):
         lr: the local learning rate, above 0.
         momentum: how much of the last update goes into the next one, in [0, 1).
         proximal: FedProx's mu, at least 0: how strongly steps are pulled back to the round's model.
+        decay: weight decay lambda, at least 0: how strongly steps pull the parameters to zero.
+        outsiders: the first so many clients hold a random sample each of all examples, while the others
+            divide all examples among themselves, as in published experiments whose malicious clients
+            take no data away; 0 .. clients - 1.
     """
 
     name = "task"
@@ -53,6 +57,8 @@ class Task(Textual):
     lr: float = 0.1
     momentum: float = 0.0
     proximal: float = 0.0
+    decay: float = 0.0
+    outsiders: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +72,8 @@ class Task(Textual):
         self.require(self.lr > 0, "lr must be above 0")
         self.require(0 <= self.momentum < 1, "momentum must be in [0, 1)")
         self.require(self.proximal >= 0, "proximal must not be negative")
+        self.require(self.decay >= 0, "decay must not be negative")
+        self.require(0 <= self.outsiders < self.clients, f"outsiders must be in 0 .. {self.clients - 1}")
 
     def to_json(self) -> str:
         """A JSON object of all fields, that `from_json` reads back."""
@@ -99,7 +107,11 @@ class Task(Textual):
             InputError: there are more clients than examples.
         """
         rng = np.random.default_rng(self.entropy(PARTITION))
-        return parse_split(self.split)(labels, self.clients, rng)
+        parts = parse_split(self.split)(labels, self.clients - self.outsiders, rng)
+        size = len(labels) // self.clients
+        self.require(size > 0, f"{len(labels)} examples are too few for {self.clients} clients")
+        samples = [rng.choice(len(labels), size, replace=False) for _ in range(self.outsiders)]
+        return [*map(np.sort, samples), *parts]
 
     def build_model(self, dataset: Dataset) -> nn.Module:
         """The model that the federation starts from: the same on every machine.

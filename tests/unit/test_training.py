@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -146,6 +147,8 @@ tasks = st.builds(
     lr=st.floats(1e-6, 10),
     momentum=st.floats(0, 1, exclude_max=True),
     proximal=st.floats(0, 10),
+    decay=st.floats(0, 10),
+    outsiders=st.just(0),
 )
 
 
@@ -178,8 +181,11 @@ def test_task_json_may_leave_out_defaults() -> None:
         ({"lr": "fast"}, "lr must be float"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"momentum": -0.1}, "momentum must be in"),
+        ({"decay": -0.1}, "decay must not be negative"),
+        ({"outsiders": -1}, "outsiders must be in 0 .. 9"),
+        ({"outsiders": 10}, "outsiders must be in 0 .. 9"),
         ({"model": None}, "model must be str"),
-        ({"rate": 1}, "unknown task field 'rate'.*batch, clients, dataset, lr"),
+        ({"rate": 1}, "unknown task field 'rate'.*batch, clients, dataset, decay, lr"),
     ],
 )
 def test_bad_task(change: dict[str, object], message: str) -> None:
@@ -250,6 +256,7 @@ def test_several_steps_walk_through_the_examples(digits: Dataset) -> None:
     [
         Task(model="mlp(7)", clients=9, split="dirichlet(0.2)", steps=4, batch=16, momentum=0.5),
         Task(model="softmax", clients=30, split="quantity(0.5)", steps=3, batch=0, proximal=1.0),
+        Task(model="softmax", clients=6, steps=4, batch=8, decay=0.7, proximal=0.5),
         Task(model="cnn(2)", clients=3, steps=2, batch=8),
         Task(model="mlp(64)", clients=60, steps=1, batch=20),  # in several parts
     ],
@@ -312,6 +319,37 @@ def test_the_proximal_term_is_that_of_the_loss(digits: Dataset) -> None:
     torch.testing.assert_close(found, to_vector(module) - model, rtol=1e-4, atol=1e-6)
     free = Learner(dataclasses.replace(task, proximal=0.0), digits, 1).update(0, model)
     assert found.norm() < free.norm()
+
+
+def test_decay_is_the_weight_decay_of_torch(digits: Dataset) -> None:
+    task = Task(model="mlp(5)", clients=5, steps=4, batch=0, decay=0.3)
+    module = task.build_model(digits)
+    model = to_vector(module)
+    optimiser = torch.optim.SGD(module.parameters(), lr=task.lr, weight_decay=0.3)
+    mine = torch.from_numpy(task.partition(digits.train_y.numpy())[1])
+    for _ in range(4):
+        optimiser.zero_grad()
+        torch.autograd.backward(cross_entropy(module(digits.train_x[mine]), digits.train_y[mine]))
+        optimiser.step()
+    found = Learner(task, digits, 1).update(0, model)
+    torch.testing.assert_close(found, to_vector(module) - model, rtol=1e-4, atol=1e-6)
+
+
+def test_outsiders_hold_samples_of_what_the_others_divide(digits: Dataset) -> None:
+    labels = digits.train_y.numpy()
+    task = Task(clients=7, outsiders=2, split="dirichlet(0.5)", seed=5)
+    parts = task.partition(labels)
+    assert len(parts) == 7
+    assert sorted(np.concatenate(parts[2:])) == list(range(len(labels)))
+    alone = dataclasses.replace(task, clients=5, outsiders=0).partition(labels)
+    assert all(map(np.array_equal, parts[2:], alone))
+    for sample in parts[:2]:
+        assert len(np.unique(sample)) == len(sample) == len(labels) // 7
+        assert (np.diff(sample) > 0).all()
+    assert not np.array_equal(*parts[:2])
+    assert all(map(np.array_equal, parts, task.partition(labels)))
+    with pytest.raises(InputError, match="10 examples are too few for 11 clients"):
+        Task(clients=11, outsiders=2).partition(labels[:10])
 
 
 def test_momentum_is_the_closed_form(digits: Dataset) -> None:

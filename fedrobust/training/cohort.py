@@ -13,7 +13,7 @@ from fedrobust.training.local import FREE, Learner, Leash, descend
 from fedrobust.training.vectors import load_vector
 
 _DENSE = (nn.Sequential, nn.Flatten, nn.Linear, nn.ReLU)
-"""Models of these alone are trained together: convolutions gain nothing from it on a CPU (measured)."""
+"""Models of just these are trained together: convolutions gain nothing from it on a CPU (measured)."""
 _ELEMENTS = 1 << 23
 """So many numbers are worked on at a time, which bounds the memory whatever the number of clients."""
 
@@ -41,7 +41,7 @@ def updates(
     Raises:
         InputError: the vector's length is not the model's.
     """
-    dense = all(isinstance(part, _DENSE) for part in learners[0].module.modules())
+    dense = all(type(part) in _DENSE for part in learners[0].module.modules())
     if leash != FREE or not dense:
         return torch.stack([learner.update(round, model, leash) for learner in learners])
     largest = max(learner.examples for learner in learners)

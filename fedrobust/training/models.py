@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrobust.errors import InputError
+from fedrobust.imports import check_import_path, import_callable, is_import_path, told
 from fedrobust.text import Textual, parse
 
 Shape = tuple[int, int, int]
@@ -180,6 +181,59 @@ class ResNet(Model):
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
 
 
+@dataclass(frozen=True, repr=False)
+class Imported(Model):
+    """Somebody else's architecture: a callable (shape, classes) -> nn.Module, named by import path.
+
+    Attributes:
+        path: "package.module:attribute", imported when the model is built and not before.
+    """
+
+    name = "imported"
+
+    path: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_import_path(self.path)
+
+    def __repr__(self) -> str:
+        return self.path
+
+    def __call__(self, shape: Shape, classes: int, seed: int) -> nn.Module:
+        """As `Model`, where the module is tried on two images before it is handed out.
+
+        Raises:
+            InputError: there is nothing to call at the path, the call raises, or what it returns is no
+                module that maps such images to logits and can be trained.
+        """
+        import_callable(self.path)  # first, so that nothing drawn on import is missing the next time
+        return super().__call__(shape, classes, seed)
+
+    def build(self, shape: Shape, classes: int) -> nn.Module:
+        """Call it, and try what it returns: lazy layers get their shapes by that as well."""
+        try:
+            module = import_callable(self.path)(shape, classes)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self.path!r}, called with {shape}, {classes}: {told(error)}") from error
+        if not isinstance(module, nn.Module):
+            raise InputError(f"{self.path!r} returned {type(module).__name__}, expected an nn.Module")
+        try:
+            logits = module(torch.zeros(2, *shape))
+            torch.autograd.grad(logits.sum(), list(module.parameters()))
+        except Exception as error:
+            raise InputError(
+                f"{self.path!r} cannot be trained on images of shape {shape}: {told(error)}"
+            ) from error
+        if logits.shape != (2, classes):
+            raise InputError(
+                f"{self.path!r} maps 2 images to {tuple(logits.shape)}, expected logits (2, {classes})"
+            )
+        return module
+
+
 CATALOG: dict[str, type[Model]] = {
     "softmax": Softmax,
     "mlp": MLP,
@@ -189,12 +243,15 @@ CATALOG: dict[str, type[Model]] = {
 
 
 def parse_model(text: str) -> Model:
-    """Read `softmax`, `mlp(hidden=128)`, `cnn(32)` or `resnet(20)`.
+    """Read `softmax`, `mlp(hidden=128)`, `cnn(32)`, `resnet(20)` or an import path; imports nothing.
 
     >>> parse_model("mlp(128)")
     mlp(hidden=128)
+    >>> parse_model("hospital.models:unet")
+    hospital.models:unet
 
     Raises:
-        InputError: the text names no model of the `CATALOG`, or an argument is wrong.
+        InputError: the text names no model of the `CATALOG`, an argument is wrong, or the path is
+            malformed.
     """
-    return parse(text, CATALOG, "model")
+    return Imported(text.strip()) if is_import_path(text) else parse(text, CATALOG, "model")

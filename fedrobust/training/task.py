@@ -31,7 +31,7 @@ class Task(Textual):
     Attributes:
         dataset: a name of `fedrobust.data.datasets.CATALOG`.
         split: how the examples are spread over the clients, as text.
-        model: what is trained, as text.
+        model: what is trained, as text, or an import path "package.module:attribute".
         clients: how many clients share the data, at least 1.
         seed: of the split, the initial model and the batches; 0 .. 2**32 - 1.
         steps: local SGD steps per round, at least 1; 1 makes an update one gradient step.
@@ -117,7 +117,7 @@ class Task(Textual):
         """The model that the federation starts from: the same on every machine.
 
         Raises:
-            InputError: the images are too small for the model.
+            InputError: the images are too small for the model, or what its path names is no model.
         """
         return parse_model(self.model)(dataset.shape, dataset.classes, self.seed)
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import shlex
 import signal
 import sqlite3
 import sys
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from fedrobust_server.launch import Federation
     from fedrobust_server.runs import RunFolder
     from fedrobust_server.security import Security
+
+    from fedrobust.trials import Trial
 T = TypeVar("T")
 
 _LEDGER = """\
@@ -68,6 +71,13 @@ examples, the second one the table of docs/redteam.md:
 """
 
 
+_COMPARE = """\
+examples, the first one lists what comes along:
+  fedrobust compare
+  fedrobust compare digits
+  fedrobust compare --rule mean filter "nnm | trimmed_mean" --attack none alie ipm --eps 0.1 0.2
+  fedrobust compare mnist --split iid --eps 0.2 --seed 0 1 2 --to comparisons/iid
+"""
 _REPRODUCE = """\
 examples:
   fedrobust reproduce
@@ -83,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         options = _parser(*arguments[:1]).parse_args(arguments)
+        options.arguments = arguments
         code: int = options.run(options)
     except InputError as error:
         return _complain(str(error), 2)
@@ -175,11 +186,41 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
     ):
         redteam.add_argument(f"--{name}", type=kind, help=what)
     redteam.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    compare = _command(commands, "compare", "many attacks on many rules", _COMPARE, _compare)
+    if chosen == "compare":
+        _compare_options(compare)
     _reproduce_options(
         _command(commands, "reproduce", "a published experiment, run again", _REPRODUCE, _reproduce)
     )
     _keys_commands(_command(commands, "keys", "make and revoke certificates and tokens", _KEYS, None))
     return parser
+
+
+def _compare_options(compare: argparse.ArgumentParser) -> None:
+    """A flag for every key of a grid, each of which takes several values."""
+    from fedrobust_laboratory.grid import KEYS
+
+    compare.add_argument("grid", nargs="?", help="a preset, or a TOML file; flags override it")
+    compare.add_argument("--data-dir", type=Path, help="where datasets are [$FEDROBUST_DATA]")
+    compare.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
+    compare.add_argument(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help="where runs, tables and pictures go; begun again, it goes on [comparisons/GRID]",
+    )
+    group = compare.add_argument_group("what is tried, one value or several")
+    docs = {cls: (typing.get_type_hints(cls), _attribute_docs(cls)) for cls in set(KEYS.values())}
+    for key, cls in KEYS.items():
+        hints, texts = docs[cls]
+        group.add_argument(
+            f"--{key.replace('_', '-')}",
+            dest=f"grid:{key}",
+            nargs="+",
+            type=hints[key],
+            metavar=key.upper(),
+            help=texts[key].replace("%", "%%"),
+        )
 
 
 def _reproduce_options(reproduce: argparse.ArgumentParser) -> None:
@@ -678,6 +719,41 @@ def _redteam(options: argparse.Namespace) -> int:
                 print(f"no answer: {assessment.refused}")  # noqa: T201
     above = [a.rule for a in assessments if a.exceeding]
     return _complain(f"found above a bound: {', '.join(above)}", 1) if above else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from fedrobust_laboratory import page
+    from fedrobust_laboratory.grid import Grid, presets, read_grid
+    from fedrobust_laboratory.runner import compare
+
+    given = {
+        key.removeprefix("grid:"): value
+        for key, value in vars(options).items()
+        if key.startswith("grid:") and value is not None
+    }
+    if options.grid is None and not given:
+        for name, title in presets().items():
+            print(f"{name:<20} {title}")  # noqa: T201
+        return 0
+    grid = read_grid(options.grid) if options.grid else Grid("Attacks and rules", {})
+    grid = grid.given(given)
+    folder = options.to or Path("comparisons", Path(options.grid or "grid").stem)
+    total = sum(1 for _ in grid.settings())
+    with _progress(total) as watch:
+        watch("")  # counts what has ended, and not what begins
+
+        def ended(trial: Trial) -> None:
+            watch(f"{trial.setting['rule']}, {trial.setting['attack']}")
+
+        trials = compare(grid, folder, options.data_dir, options.ray_address, ended)
+    written = page.write(trials, grid, folder, shlex.join(["fedrobust", *options.arguments]))
+    if options.json:
+        for trial in trials:
+            print(json.dumps(trial.__dict__))  # noqa: T201
+    else:
+        print(page.tables(trials, grid)[0])  # noqa: T201
+        print(f"\n{written}, {folder / 'tables.md'}, {folder / 'runs.csv'}")  # noqa: T201
+    return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:

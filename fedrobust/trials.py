@@ -97,4 +97,5 @@ def grouped(
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """Markdown; everything but the first column is right-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *rows])
+    cells = ([str(cell).replace("|", "\\|") for cell in row] for row in [header, rule, *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)

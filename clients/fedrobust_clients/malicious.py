@@ -61,8 +61,14 @@ class Coalition:
         self._last: tuple[int, Tensor] | None = None
         self._own: deque[Callable[[], Tensor]] = deque(maxlen=attack.memory)
 
-    def rows(self, number: int, model: Tensor) -> Tensor:
-        """(f, d): what the members send in this round. Worked out once a round."""
+    def rows(self, number: int, model: Tensor, honest: Tensor | None = None) -> Tensor:
+        """(f, d): what the members send in this round. Worked out once a round.
+
+        Args:
+            number: of the round.
+            model: (d,) float32, the broadcast model.
+            honest: (n - f, d) what the honest clients send, where that is at hand.
+        """
         if self._last is None or self._last[0] != number:
             f, n = self._malicious, self._task.clients
             own = cache(partial(self._train, range(f), number, model, None))
@@ -72,7 +78,9 @@ class Coalition:
                 malicious=self._malicious,
                 size=len(model),
                 classes=self._dataset.classes,
-                see_honest=partial(self._train, range(f, n), number, model, None),
+                see_honest=(lambda: honest)
+                if honest is not None
+                else partial(self._train, range(f, n), number, model, None),
                 see_own=own,
                 see_trained=partial(self._train, range(f), number, model),
                 see_earlier=self._recall if self._own else None,

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from fedrobust_clients.malicious import Threat
 from fedrobust_clients.simulated import simulate
+from fedrobust_laboratory.play import play
 from fedrobust_server.config import RunConfig
 from fedrobust_server.launch import federation
 from fedrobust_server.runs import RunFolder
 from safetensors.numpy import load_file
 
 from fedrobust.cli import main
+from fedrobust.data import load
 from fedrobust.training import Task
 
 from .processes import COMMAND, clients, process
@@ -84,6 +86,10 @@ def test_processes_and_simulation_end_at_the_same_model(tmp_path: Path) -> None:
         for name, tensor in one.items():
             np.testing.assert_allclose(tensor, other[name], rtol=1e-4, atol=1e-6)
     assert not np.allclose(model(tmp_path, "simulated", 2)["1.weight"], one["1.weight"])
+    config = RunConfig.from_toml((tmp_path / "simulated" / "config.toml").read_text())
+    *_, last = play(config, load("digits"))  # and so does the laboratory's, in one process
+    vector = np.concatenate([tensor.ravel() for tensor in one.values()])
+    np.testing.assert_allclose(last.model.numpy(), vector, rtol=1e-4, atol=1e-6)
 
 
 def test_another_seed_ends_elsewhere_and_the_same_seed_at_the_same_model(

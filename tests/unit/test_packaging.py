@@ -50,17 +50,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return zipfile.ZipFile(path).namelist()
 
 
-def test_the_wheel_installs_exactly_the_four_packages(wheel: list[str]) -> None:
+def test_the_wheel_installs_exactly_the_five_packages(wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel if ".dist-info/" not in name}
-    assert tops == {"fedrobust", "fedrobust_server", "fedrobust_clients", "fedrobust_proto"}
+    assert tops == {
+        "fedrobust",
+        *(f"fedrobust_{part}" for part in ("server", "clients", "laboratory", "proto")),
+    }
 
 
 def test_the_wheel_is_typed_and_whole(wheel: list[str]) -> None:
     assert "fedrobust/py.typed" in wheel
     assert "fedrobust_server/report.html.j2" in wheel
+    assert "fedrobust_laboratory/presets/digits.toml" in wheel
     sources = {
         str(path.relative_to(root))
-        for root in (ROOT, ROOT / "server", ROOT / "clients", ROOT / "proto")
+        for root in (ROOT, *(ROOT / part for part in ("server", "clients", "laboratory", "proto")))
         for package in root.glob("fedrobust*")
         for path in package.rglob("*.py")
     }

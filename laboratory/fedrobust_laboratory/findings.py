@@ -1,0 +1,105 @@
+"""What a grid's runs show, as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedrobust.trials import Summary, Trial, summary
+from fedrobust_laboratory.grid import AXES
+
+Cells = Mapping[str, Mapping[str, Summary]]
+"""By rule, then by attack."""
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Runs that differ in nothing but rule, attack and seed.
+
+    Attributes:
+        label: in what this arena differs from the others.
+        trials: its runs.
+        rules: in the grid's order.
+        attacks: likewise.
+    """
+
+    label: str
+    trials: Sequence[Trial]
+    rules: tuple[str, ...]
+    attacks: tuple[str, ...]
+
+    def percent(self, figure: str = "accuracy_last") -> Cells:
+        """A figure in percent, over the seeds; a summary of nothing where no run has it."""
+        found: dict[str, dict[str, list[float]]] = {r: {a: [] for a in self.attacks} for r in self.rules}
+        for trial in self.trials:
+            if figure in trial.figures:
+                cell = found[trial.setting["rule"]][trial.setting["attack"]]
+                cell.append(100 * trial.figures[figure])
+        return {r: {a: summary(values) for a, values in row.items()} for r, row in found.items()}
+
+    def worst(self) -> dict[str, tuple[str, Summary]]:
+        """For each rule the attack that leaves the lowest mean accuracy, and that."""
+        found = {}
+        for rule, row in self.percent().items():
+            known = {attack: cell for attack, cell in row.items() if cell.count}
+            if known:
+                found[rule] = min(known.items(), key=lambda item: item[1].mean)
+        return found
+
+    def over_rounds(self, figure: str) -> dict[str, Summary]:
+        """For each rule the mean of a figure over all attacked runs; infinite ones are left out."""
+        rows: dict[str, list[float]] = {rule: [] for rule in self.rules}
+        for trial in self.trials:
+            if figure in trial.figures and trial.setting["malicious"]:
+                rows[trial.setting["rule"]].append(trial.figures[figure])
+        return {rule: summary(values) for rule, values in rows.items()}
+
+
+def arenas(trials: Sequence[Trial]) -> list[Arena]:
+    """Sort runs into arenas, in the order in which they first come."""
+    varied = [key for key in _keys(trials) if len({_value(t, key) for t in trials}) > 1]
+    telling = [key for key in varied if key not in ("rule", "attack", "seed", "malicious", "outsiders")]
+    found: dict[tuple[Hashable, ...], list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(tuple(_value(trial, key) for key in telling), []).append(trial)
+    return [
+        Arena(
+            ", ".join(_named(key, value) for key, value in zip(telling, values, strict=True)),
+            members,
+            _distinct(members, "rule"),
+            _distinct(members, "attack"),
+        )
+        for values, members in found.items()
+    ]
+
+
+def ranked(arenas: Sequence[Arena]) -> list[str]:
+    """All rules, the one with the best worst case, on the average over the arenas, first."""
+    worst = [arena.worst() for arena in arenas]
+    rules = dict.fromkeys(rule for arena in arenas for rule in arena.rules)
+
+    def merit(rule: str) -> float:
+        found = [w[rule][1].mean for w in worst if rule in w]
+        return sum(found) / len(found) if len(found) == len(worst) else -math.inf
+
+    return sorted(rules, key=merit, reverse=True)
+
+
+def _keys(trials: Sequence[Trial]) -> list[str]:
+    known = dict.fromkeys(key for trial in trials for key in trial.setting)
+    return sorted(known, key=lambda key: AXES.index(key) if key in AXES else len(AXES))
+
+
+def _value(trial: Trial, key: str) -> Any:  # noqa: ANN401 (any value of a configuration)
+    return trial.setting.get(key)
+
+
+def _named(key: str, value: object) -> str:
+    """A value that says by itself what it is goes without its key's name."""
+    return str(value) if isinstance(value, str) else f"{key} {value}"
+
+
+def _distinct(trials: Sequence[Trial], key: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(trial.setting[key] for trial in trials))

@@ -1,0 +1,141 @@
+"""A grid of runs: a run's configuration in which a value may be a list, which is tried item by item."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fedrobust_server.config import RunConfig
+
+from fedrobust import InputError
+from fedrobust.text import choose
+from fedrobust.training import Task
+
+NO_ATTACK = "none"
+"""In the place of an attack: nobody is malicious."""
+AXES = ("dataset", "split", "model", "clients", "eps", "momentum", "attack", "rule", "seed")
+"""What is usually varied, in the order of the report."""
+
+_TASK = [key.name for key in fields(Task)]
+_ELSEWHERE = {
+    *("run", "task", "limits", "start", "deadline", "wire", "compression", "durability"),
+    *("shards", "gateways", "checkpoint_every"),
+}
+"""What makes no difference to a federation that is played."""
+_RUN = [key.name for key in fields(RunConfig) if key.name not in _ELSEWHERE]
+KEYS: Mapping[str, type] = {**dict.fromkeys(_TASK, Task), **dict.fromkeys(_RUN, RunConfig)}
+"""What may be varied, and whose field it is."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Many runs.
+
+    Attributes:
+        title: of the report.
+        values: for every key of a run or of its task that is given: what is tried.
+        insiders: whether malicious clients hold a part of the data as the others do; otherwise the
+            others divide everything, and malicious ones hold samples of it.
+        evaluations: how often a run's model is judged on the way, apart from its last five rounds.
+        published: accuracies to be shown beside those of runs with the same values, as rows with some
+            of the keys and `accuracy`, and perhaps `spread`, in percent.
+    """
+
+    title: str
+    values: Mapping[str, Sequence[Any]]
+    insiders: bool = True
+    evaluations: int = 10
+    published: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Grid:
+        """Build from plain values: `run`, a table of keys of a run and its task, and the attributes.
+
+        Raises:
+            InputError: an unknown key (the known ones are listed), or an empty list.
+        """
+        known = ("title", "run", "insiders", "evaluations", "published")
+        for key in values:
+            choose(key, known, "key of a grid")
+        run = values.get("run", {})
+        for key in run:
+            choose(key, KEYS, "key of a run")
+        lists = {key: value if isinstance(value, list) else [value] for key, value in run.items()}
+        for key, tried in lists.items():
+            if not tried:
+                raise InputError(f"the grid tries nothing for {key}; give at least one value")
+        rest = {key: value for key, value in values.items() if key != "run"}
+        return cls(**{"title": "Attacks and rules", **rest}, values=lists)
+
+    def given(self, values: Mapping[str, Sequence[Any]]) -> Grid:
+        """The same grid, but that these keys have other values."""
+        return replace(self, values={**self.values, **values})
+
+    def settings(self) -> Iterator[dict[str, Any]]:
+        """Every run of the grid, as plain values of all keys of a run and its task."""
+        names = sorted(self.values, key=lambda key: AXES.index(key) if key in AXES else -1)
+        for chosen in itertools.product(*(self.values[name] for name in names)):
+            yield self._setting(dict(zip(names, chosen, strict=True)))
+
+    def _setting(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        attack = given.get("attack", NO_ATTACK)
+        eps, clients = given.get("eps", RunConfig.eps), given.get("clients", Task.clients)
+        # The relative slack is for products like 0.29 x 100, which is 28.999999999999996.
+        malicious = 0 if attack == NO_ATTACK else given.get("malicious", int(eps * clients * (1 + 1e-9)))
+        outsiders = 0 if self.insiders else malicious
+        chosen = {**given, "attack": attack, "malicious": malicious, "outsiders": outsiders}
+        config = configuration(chosen)
+        return {**_plain(config.task, _TASK), **_plain(config, _RUN), "attack": attack}
+
+
+def configuration(setting: Mapping[str, Any]) -> RunConfig:
+    """The run of a setting.
+
+    Raises:
+        InputError: a value is wrong.
+    """
+    task = Task(**{key: value for key, value in setting.items() if key in _TASK})
+    run = {key: value for key, value in setting.items() if key in _RUN}
+    if run.get("attack") == NO_ATTACK:
+        del run["attack"]
+    return RunConfig(task=task, **run)
+
+
+def _plain(config: object, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in keys}
+
+
+def read_grid(name: str) -> Grid:
+    """A preset by its name, or a TOML file by its path.
+
+    Raises:
+        InputError: there is neither, or it is no grid.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        choose(name, presets(), "preset")
+        text = (_PRESETS / f"{name}.toml").read_text()
+    else:
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise InputError(f"cannot read the grid {path}: {error.strerror}") from None
+    try:
+        return Grid.from_dict(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{name} is not valid TOML: {error}") from None
+
+
+_PRESETS = files("fedrobust_laboratory") / "presets"
+
+
+def presets() -> dict[str, str]:
+    """The grids that come along: name to title."""
+    found = sorted(_PRESETS.iterdir(), key=lambda file: file.name)
+    texts = {file.name.removesuffix(".toml"): file.read_text() for file in found}
+    return {name: Grid.from_dict(tomllib.loads(text)).title for name, text in texts.items()}

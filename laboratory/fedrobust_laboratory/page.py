@@ -1,0 +1,254 @@
+"""A grid's report: tables in Markdown, heat maps, and a page with both that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fedrobust_server
+import numpy as np
+from fedrobust_server import drawing
+from fedrobust_server.panels import embedded
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from fedrobust.trials import Summary, Trial, summary
+from fedrobust.trials import table as markdown
+from fedrobust_laboratory.findings import Arena, arenas, ranked
+from fedrobust_laboratory.grid import Grid
+
+_SHOWN = (
+    ("malicious_weight", "weight of malicious clients", 100.0, "%"),
+    ("honest_lost", "honest clients with less than half a share", 100.0, "%"),
+    ("displacement", "displacement", 1.0, ""),
+    ("certificate", "certificate", 1.0, ""),
+    ("rounds_exceeded", "rounds with the verdict bound exceeded", 100.0, "%"),
+)
+
+_NONE = "\N{EN DASH}"
+"""Where there is no figure."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+        title: above it.
+        caption: what it shows.
+        header: the columns' names.
+        rows: the first cell of each names it.
+    """
+
+    title: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        return f"## {self.title}\n\n{self.caption}\n\n{markdown(self.header, self.rows)}"
+
+
+def write(trials: Sequence[Trial], grid: Grid, folder: Path, command: str) -> Path:
+    """Write `report.html`, `tables.md` and `plots/*.png`.
+
+    Args:
+        trials: the grid's runs.
+        grid: that was run.
+        folder: to write into.
+        command: that runs it again.
+
+    Returns:
+        The page.
+    """
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    fields, shown = arenas(trials), tables(trials, grid)
+    pictures = []
+    for number, arena in enumerate(fields, start=1):
+        figure = heat_map(arena)
+        (folder / "plots" / f"arena-{number}.png").write_bytes(drawing.to_png(figure))
+        what = f"Accuracy of each rule under each attack: {arena.label or grid.title}"
+        pictures.append({"label": arena.label, "svg": embedded(figure, f"arena{number}", what)})
+    seconds = sum(trial.seconds for trial in trials)
+    close = f"{len(trials)} runs, {seconds:.0f} s of one core in all; made by `{command}`."
+    parts = [f"# {grid.title}", close, *map(str, shown)]
+    (folder / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    places = [Path(__file__).parent, Path(fedrobust_server.__file__).parent]
+    pages = Environment(
+        loader=FileSystemLoader(places),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = pages.get_template("laboratory.html.j2").render(
+        title=grid.title,
+        command=command,
+        runs=len(trials),
+        seconds=round(seconds),
+        tables=shown,
+        pictures=pictures,
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def tables(trials: Sequence[Trial], grid: Grid) -> list[Table]:
+    """All tables of a report, those without any row left out."""
+    fields = arenas(trials)
+    rules = ranked(fields)
+    found = [worst_cases(fields, rules)]
+    for arena in fields:
+        found.append(_cells(arena, "accuracy_last", "Accuracy", _ACCURACY))
+        found.append(_cells(arena, "success", "Success of attacks with an aim", _SUCCESS))
+    found += [_beside(arena) for arena in fields]
+    found += [_published(trials, grid), _refused(trials)]
+    return [table for table in found if table.rows]
+
+
+_ACCURACY = (
+    "Test accuracy in percent over the last five rounds: mean and standard deviation over the seeds."
+)
+_SUCCESS = "Percent of the attack's images that the last model gives the label that the attack wants."
+
+
+def worst_cases(fields: Sequence[Arena], rules: Sequence[str]) -> Table:
+    """For each rule and arena the accuracy that the worst attack leaves, best rule first."""
+    worst = [arena.worst() for arena in fields]
+    best = [max((w[1].mean for w in found.values()), default=np.nan) for found in worst]
+    rows = []
+    for rule in rules:
+        cells = []
+        for found, top in zip(worst, best, strict=True):
+            attack, cell = found.get(rule, ("", None))
+            text = _figure(cell) if cell else _NONE
+            cells.append(f"**{text}** {attack}" if cell and cell.mean == top else f"{text} {attack}")
+        rows.append([f"`{rule}`", *cells])
+    header = ["rule", *(arena.label or "accuracy" for arena in fields)]
+    caption = f"{_ACCURACY} Of the worst attack for each rule, which is named. Bold: the best rule."
+    return Table("The worst case of each rule", caption, header, rows)
+
+
+def _cells(arena: Arena, figure: str, title: str, caption: str) -> Table:
+    cells = arena.percent(figure)
+    attacks = [a for a in arena.attacks if any(cells[rule][a].count for rule in arena.rules)]
+    rows = [
+        [f"`{rule}`", *(_figure(cells[rule][attack]) for attack in attacks)]
+        for rule in ranked([arena])
+        if attacks
+    ]
+    return Table(_titled(title, arena), caption, ["rule", *attacks], rows)
+
+
+def _beside(arena: Arena) -> Table:
+    shown = [(arena.over_rounds(name), scale) for name, _, scale, _ in _SHOWN]
+    header = ["rule", *(title + (f" ({unit})" if unit else "") for _, title, _, unit in _SHOWN)]
+    rows = [
+        [
+            f"`{rule}`",
+            *(f"{scale * by[rule].mean:.3g}" if by[rule].count else _NONE for by, scale in shown),
+        ]
+        for rule in ranked([arena])
+    ]
+    caption = (
+        "Means over all attacked runs. Displacement: how far the aggregate is from the honest clients' "
+        "mean, in root mean square distances of honest updates from it; certificate: the bound on that "
+        "if honest clients spread no more than those kept, where there is a bound."
+    )
+    attacked = any(trial.setting["malicious"] for trial in arena.trials)
+    return Table(_titled("Beside the accuracy", arena), caption, header, rows if attacked else [])
+
+
+def _published(trials: Sequence[Trial], grid: Grid) -> Table:
+    rows = []
+    for entry in grid.published:
+        keys = {k: v for k, v in entry.items() if k not in ("accuracy", "spread", "figure")}
+        figure = entry.get("figure", "accuracy_last")
+        ours = [
+            100 * trial.figures[figure]
+            for trial in trials
+            if figure in trial.figures and _matches(trial, keys)
+        ]
+        if ours:
+            theirs = f"{entry['accuracy']:.1f}" + (
+                f" ± {entry['spread']:.1f}" if "spread" in entry else ""
+            )
+            rows.append(
+                [", ".join(map(str, keys.values())), theirs, _figure(summary(ours)), str(len(ours))]
+            )
+    header = ["set-up", "published", "here", "runs"]
+    return Table("Beside the published figures", "Accuracy in percent.", header, rows)
+
+
+def _matches(trial: Trial, keys: Mapping[str, Any]) -> bool:
+    return all({**trial.setting, "seed": trial.seed}.get(key) == value for key, value in keys.items())
+
+
+def _refused(trials: Sequence[Trial]) -> Table:
+    reasons: dict[tuple[str, str], int] = {}
+    for trial in trials:
+        if "refused" in trial.figures:
+            key = trial.setting["rule"], str(trial.figures["refused"])
+            reasons[key] = reasons.get(key, 0) + 1
+    rows = [[f"`{rule}`", reason, str(count)] for (rule, reason), count in reasons.items()]
+    return Table("Runs that could not be", "And why.", ["rule", "reason", "runs"], rows)
+
+
+def _titled(title: str, arena: Arena) -> str:
+    return f"{title}: {arena.label}" if arena.label else title
+
+
+def _figure(cell: Summary) -> str:
+    if not cell.count:
+        return _NONE
+    return f"{cell.mean:.1f}" + (f" ± {cell.spread:.1f}" if cell.count > 1 else "")
+
+
+def heat_map(arena: Arena) -> Figure:
+    """Accuracy of each rule under each attack, and the worst case last; the best rule on top."""
+    rules, cells, worst = ranked([arena]), arena.percent(), arena.worst()
+    columns = [*arena.attacks, "worst"]
+    values = np.array(
+        [
+            [
+                *(cells[rule][a].mean for a in arena.attacks),
+                worst[rule][1].mean if rule in worst else np.nan,
+            ]
+            for rule in rules
+        ]
+    )
+    figure = Figure(
+        figsize=(max(drawing.WIDTH, 2.6 + 0.62 * len(columns)), 1.6 + 0.29 * len(rules)),
+        layout=ConstrainedLayoutEngine(w_pad=0.1),
+        facecolor="white",
+    )
+    axes = figure.add_subplot()
+    low = float(np.nanmin(values, initial=100.0))
+    axes.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=100.0, aspect="auto")
+    axes.set_facecolor(drawing.GREY)
+    axes.axvline(len(arena.attacks) - 0.5, color="white", linewidth=4)
+    for (row, column), value in np.ndenumerate(values):
+        shade = "white" if not value > (low + 100.0) / 2 else drawing.INK
+        text = f"{value:.1f}" if np.isfinite(value) else _NONE
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=shade)
+    axes.set_xticks(
+        range(len(columns)), [drawing.plain(c, 24) for c in columns], rotation=40, ha="right"
+    )
+    axes.set_yticks(range(len(rules)), [drawing.plain(rule, 44) for rule in rules])
+    axes.tick_params(length=0, labelsize=9, colors=drawing.INK)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)
+    axes.spines[:].set_visible(False)
+    axes.set_title(
+        drawing.plain(f"Test accuracy in percent {'(' + arena.label + ')' if arena.label else ''}", 90),
+        loc="left",
+        fontsize=11,
+        fontweight="bold",
+        color=drawing.INK,
+        pad=10,
+    )
+    return figure

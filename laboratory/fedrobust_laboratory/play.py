@@ -1,0 +1,214 @@
+"""A whole federation in one process: a real one's round machine, rules and clients, without messages.
+
+A played federation comes to the model that a served one comes to, up to rounding: the same clients are
+asked, they train on the same batches, and the same rows are combined. What is left out is what costs
+time and changes nothing: packing, checksums, the ledger, the wire.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from fedrobust_clients.malicious import Coalition, Threat
+from fedrobust_proto.v1.federation_pb2 import Status
+from fedrobust_server import quarantine
+from fedrobust_server import round as machine
+from fedrobust_server.config import RunConfig
+from fedrobust_server.quarantine import evidence, parse_policy
+from fedrobust_server.record import by_client
+from fedrobust_server.schedule import parse_schedule
+from torch import Tensor
+
+from fedrobust import Aggregated, InputError, Verdict, kernels, parse_rule
+from fedrobust.aggregate import LocalRows, combine, gram_of
+from fedrobust.data import Dataset
+from fedrobust.kernels import Block
+from fedrobust.rules import CoordinateWise
+from fedrobust.training import Learner, Shared, client_name, to_vector, updates
+
+_NON_FINITE = machine.Fault(Status.STATUS_NON_FINITE, "the update holds values that are not finite")
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """A finished round.
+
+    Attributes:
+        round: its number, from 1.
+        clients: whose updates counted, in the order of the result's weights.
+        rows: (n, d) float32, their updates.
+        result: what the rule made of them; None if there were too few for it.
+        moved: whether the model did.
+        model: (d,) float32, after the round.
+        excluded: who is not asked in the next round.
+    """
+
+    round: int
+    clients: tuple[str, ...]
+    rows: Tensor
+    result: Aggregated | None
+    moved: bool
+    model: Tensor
+    excluded: frozenset[str]
+
+
+def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
+    """Run a federation, round by round.
+
+    All clients are there from the beginning and answer in time, so that deadlines make no difference,
+    nor does what is about processes and transport alone.
+
+    Args:
+        config: of the run.
+        dataset: that its task names.
+
+    Raises:
+        InputError: the task does not fit the dataset, or the attack does not fit the task.
+    """
+    shared = Shared.of(config.task, dataset)
+    cast, table = Cast.of(config, dataset, shared), _Table(config, to_vector(shared.module))
+    plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, config.task.seed)
+    *others, last = map(client_name, range(config.task.clients))
+    state = machine.State(plan, present=frozenset(others))
+    state, actions = machine.step(state, machine.Joined(last))
+    waiting = deque(actions)
+    while waiting:
+        events: list[machine.Event] = []
+        match waiting.popleft():
+            case machine.Open(number, clients):
+                table.take(clients, cast.work(number, clients, table.model))
+                events = [machine.Submitted(c, number, table.faults.get(c)) for c in clients]
+            case machine.Aggregate(number, clients):
+                yield table.settle(number, clients)
+                events = [machine.Excluded(table.suspects.excluded), machine.Settled(number)]
+            case machine.Skip(number, _):
+                yield table.settle(number, ())
+                events = [machine.Excluded(table.suspects.excluded), machine.Settled(number)]
+        for event in events:
+            state, actions = machine.step(state, event)
+            waiting.extend(actions)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """All clients of a federation.
+
+    Attributes:
+        honest: their learners, by the client's index.
+        coalition: the malicious ones, if there are any: the first ones.
+    """
+
+    honest: Mapping[int, Learner]
+    coalition: Coalition | None
+
+    @classmethod
+    def of(cls, config: RunConfig, dataset: Dataset, shared: Shared) -> Cast:
+        """Gather the clients of a run. Raises as `play`."""
+        task, f = config.task, config.malicious
+        honest = {i: Learner(task, dataset, i, shared=shared) for i in range(f, task.clients)}
+        threat = Threat(f, config.attack, config.rule, config.eps)
+        return cls(honest, threat.coalition(task, dataset) if f else None)
+
+    def work(self, number: int, clients: Sequence[str], model: Tensor) -> Tensor:
+        """(k, d) float32: what these clients send in a round, a row a client.
+
+        Args:
+            number: of the round.
+            clients: their names, in the names' order.
+            model: (d,) float32, the broadcast model.
+        """
+        chosen = [int(name.rpartition("-")[2]) for name in clients]
+        learners = [self.honest[i] for i in chosen if i in self.honest]
+        honest = updates(learners, number, model) if learners else torch.empty(0, len(model))
+        rogues = chosen[: len(chosen) - len(learners)]
+        if not rogues or self.coalition is None:
+            return honest
+        seen = honest if len(learners) == len(self.honest) else None
+        return torch.cat([self.coalition.rows(number, model, seen)[rogues], honest])
+
+
+class _Table:
+    """The server's side of a federation: the round's updates, the model, and who is suspect.
+
+    Attributes:
+        model: (d,) float32.
+        faults: what is wrong with whose update in this round.
+        suspects: how the clients stand.
+    """
+
+    def __init__(self, config: RunConfig, model: Tensor) -> None:
+        self._config, self.model = config, model
+        self._velocity = torch.zeros_like(model)
+        self._policy, self._schedule = parse_policy(config.quarantine), parse_schedule(config.schedule)
+        self._weighs = not isinstance(parse_rule(config.rule).rules[0], CoordinateWise)
+        self._clients: Sequence[str] = ()
+        self._rows = model.new_empty(0, len(model))
+        self.faults: dict[str, machine.Fault] = {}
+        self.suspects = quarantine.State()
+
+    def take(self, clients: Sequence[str], rows: Tensor) -> None:
+        """A round's updates, of which some may be of no use."""
+        self._clients, self._rows = clients, rows
+        squares = kernels.squared_norms(Block(rows)).tolist()
+        unsound = [c for c, square in zip(clients, squares, strict=True) if not math.isfinite(square)]
+        self.faults = dict.fromkeys(unsound, _NON_FINITE)
+
+    def settle(self, number: int, clients: tuple[str, ...]) -> Played:
+        """The end of a round: combine these clients' updates, none if there are too few."""
+        result, spread, rows = None, dict[str, float](), self._rows[:0]
+        if clients:
+            rows = self._of(clients)
+            try:
+                result, spread = self._combine(number, clients, rows)
+            except InputError:  # too few clients for the rule: the round's fault, not the run's
+                result = None
+        moved = result is not None and (
+            result.verdict is not Verdict.EXCEEDED or self._config.exceeded == "warn"
+        )
+        if result is not None and moved:
+            self._move(result.value[0])
+        self._judge(number, clients, result, spread)
+        return Played(number, clients, rows, result, moved, self.model, self.suspects.excluded)
+
+    def _of(self, clients: Sequence[str]) -> Tensor:
+        if len(clients) == len(self._clients):
+            return self._rows
+        place = {client: i for i, client in enumerate(self._clients)}
+        return self._rows[[place[client] for client in clients]]
+
+    def _combine(
+        self, number: int, clients: Sequence[str], updates: Tensor
+    ) -> tuple[Aggregated, dict[str, float]]:
+        """The robust mean, and how far updates stand out where the schedule looks at that."""
+        rows = LocalRows((Block(updates),))
+        matrix = rows.sum(kernels.gram) if self._weighs else None
+        squares = rows.sum(kernels.squared_norms) if matrix is None else np.diag(matrix).copy()
+        gram = gram_of(rows, np.ones(len(clients)), squares, number, matrix=matrix)
+        gram = replace(gram, width=rows.width)
+        spread: dict[str, float] = {}
+        if self._schedule is not None and self._schedule.looks(number):
+            spread = dict(zip(clients, self._schedule.score(gram).tolist(), strict=True))
+        return combine(rows, self._config.rule, gram, self._config.eps), spread
+
+    def _move(self, mean: Tensor) -> None:
+        self._velocity = self._velocity.mul(self._config.server_momentum).add_(mean)
+        self.model = self.model.add(self._velocity, alpha=self._config.server_lr)
+
+    def _judge(
+        self,
+        number: int,
+        clients: Sequence[str],
+        result: Aggregated | None,
+        spread: Mapping[str, float],
+    ) -> None:
+        weights = by_client(clients, result)[0] if result is not None else {}
+        found = evidence(result.verdict if result else None, weights, self.faults)
+        self.suspects, _ = quarantine.observe(self._policy, self.suspects, number, found)
+        if self._schedule is not None and spread:
+            for decided in self._schedule.decide(number, spread, self._config.eps):
+                self.suspects, _ = quarantine.override(self._policy, self.suspects, number + 1, decided)

@@ -1,0 +1,117 @@
+"""Runs a grid on Ray: each run in one process, as many at a time as there are cores."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from fedrobust_server.launch import start_ray
+
+from fedrobust import InputError
+from fedrobust.data import load
+from fedrobust.trials import Setting, Trial, read
+from fedrobust_laboratory.grid import AXES, Grid, configuration
+from fedrobust_laboratory.measure import measure
+
+TRIALS = "trials.jsonl"
+_load = cache(load)
+
+
+def compare(
+    grid: Grid,
+    folder: Path,
+    data_dir: Path | None = None,
+    ray_address: str | None = None,
+    watch: Callable[[Trial], None] = lambda _trial: None,
+) -> list[Trial]:
+    """Run all of a grid but what the folder has already; one that was cut short goes on.
+
+    A run that cannot be (such as krum with too few clients) is kept with the reason, `refused`, in the
+    place of figures.
+
+    Args:
+        grid: what to run.
+        folder: keeps `trials.jsonl`, a line a run as it ends, and `runs.csv`, a row a run.
+        data_dir: where datasets are; None reads FEDROBUST_DATA.
+        ray_address: a Ray cluster to join; None starts one on this machine.
+        watch: is told of every run as it has ended, those of an earlier time first.
+
+    Returns:
+        The runs in the grid's order.
+
+    Raises:
+        InputError: a value is wrong, the data is not there, or `trials.jsonl` holds something else.
+    """
+    plan = [_trial(setting) for setting in grid.settings()]
+    for name in {planned.setting["dataset"] for planned in plan}:
+        load(name, data_dir)  # what every run would fail on, told at once
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / TRIALS
+    kept = {trial.key: trial for trial in read(path)}
+    missing = [planned for planned in plan if planned.key not in kept]
+    for planned in plan:
+        if planned.key in kept:
+            watch(kept[planned.key])
+    if missing:
+        with path.open("a") as file, start_ray(ray_address):
+            for trial in _in_parallel(missing, data_dir, grid.evaluations):
+                file.write(json.dumps(trial.__dict__) + "\n")
+                file.flush()
+                kept[trial.key] = trial
+                watch(trial)
+    done = [kept[planned.key] for planned in plan]
+    write_csv(done, folder / "runs.csv")
+    return done
+
+
+def _trial(setting: Setting) -> Trial:
+    rest = {key: value for key, value in setting.items() if key != "seed"}
+    return Trial(rest, setting["seed"], {}, 0.0)
+
+
+def _in_parallel(planned: Sequence[Trial], data_dir: Path | None, evaluations: int) -> Iterator[Trial]:
+    """The trials as they end, in whatever order."""
+    remote: Any = ray.remote(num_cpus=1, max_retries=3)(_run)
+    data = None if data_dir is None else data_dir.resolve()
+    # All at once would keep the driver busy.
+    ahead = 2 * int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    left, waiting = iter(planned), list[Any]()
+    while True:
+        waiting += [remote.remote(t, data, evaluations) for t in islice(left, ahead - len(waiting))]
+        if not waiting:
+            return
+        (ended, *_), waiting = ray.wait(waiting)
+        yield ray.get(ended)
+
+
+def _run(planned: Trial, data_dir: Path | None, evaluations: int) -> Trial:
+    torch.set_flush_denormal(True)  # as the server's shards do
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    try:
+        config = configuration({**planned.setting, "seed": planned.seed})
+        figures = measure(config, _load(config.task.dataset, data_dir), evaluations)
+    except InputError as error:
+        figures = {"refused": str(error)}
+    return Trial(planned.setting, planned.seed, figures, time.perf_counter() - began)
+
+
+def write_csv(trials: Sequence[Trial], path: Path) -> None:
+    """A row a run: its values, those usually varied first, then its figures."""
+    settings = [{**trial.setting, "seed": trial.seed} for trial in trials]
+    figures = [{k: v for k, v in trial.figures.items() if k != "curve"} for trial in trials]
+    keys = dict.fromkeys([*AXES, *(key for setting in settings for key in setting)])
+    names = dict.fromkeys(key for row in figures for key in row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*keys, *names, "seconds"])
+        writer.writeheader()
+        for setting, row, trial in zip(settings, figures, trials, strict=True):
+            writer.writerow({**setting, **row, "seconds": round(trial.seconds, 3)})

@@ -1,0 +1,265 @@
+"""Grids of attacks and rules: what is tried, what is measured, what is kept, what is shown."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fedrobust_laboratory import page
+from fedrobust_laboratory.findings import arenas, ranked
+from fedrobust_laboratory.grid import Grid, configuration, presets, read_grid
+from fedrobust_laboratory.measure import measure
+from fedrobust_laboratory.play import Played, play
+from fedrobust_laboratory.runner import write_csv
+from fedrobust_server.config import RunConfig
+
+from fedrobust import InputError
+from fedrobust.data import load
+from fedrobust.training import Learner, Shared, Task, client_name, to_vector, updates
+from fedrobust.trials import Trial
+
+# ---- what is tried ----------------------------------------------------------------------------------
+
+
+def grid(**run: Any) -> Grid:
+    return Grid.from_dict({"run": run})
+
+
+def test_a_grid_is_every_combination_of_its_lists() -> None:
+    tried = {"rule": ["mean", "filter"], "attack": ["none", "ipm"], "seed": [3, 4]}
+    settings = list(grid(**tried, rounds=7).settings())
+    assert len(settings) == 8
+    found = {(s["rule"], s["attack"], s["seed"]) for s in settings}
+    assert found == set(itertools.product(*tried.values()))
+    assert {s["rounds"] for s in settings} == {7}
+
+
+@pytest.mark.parametrize(
+    ("eps", "clients", "expected"), [(0.2, 10, 2), (0.3, 20, 6), (0.29, 100, 29), (0.05, 10, 0)]
+)
+def test_so_many_are_malicious_as_the_rule_assumes(eps: float, clients: int, expected: int) -> None:
+    (setting,) = grid(eps=eps, clients=clients, attack="ipm").settings()
+    assert setting["malicious"] == configuration(setting).malicious == expected
+
+
+def test_nobody_is_malicious_without_an_attack() -> None:
+    (setting,) = grid(eps=0.2, clients=10, malicious=3, attack="none").settings()
+    config = configuration(setting)
+    assert (setting["attack"], config.malicious, config.eps) == ("none", 0, 0.2)
+    (given,) = grid(eps=0.2, clients=10, malicious=3, attack="ipm").settings()
+    assert configuration(given).malicious == 3
+
+
+def test_outsiders_are_the_malicious_ones() -> None:
+    values = {"run": {"attack": ["none", "ipm"], "clients": 10}, "insiders": False}
+    assert [s["outsiders"] for s in Grid.from_dict(values).settings()] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"run": {"rules": "mean"}}, "unknown key of a run 'rules'"),
+        ({"runs": {}}, "unknown key of a grid 'runs'"),
+        ({"run": {"rule": []}}, "tries nothing for rule"),
+        ({"run": {"shards": 2}}, "unknown key of a run 'shards'"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_told(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Grid.from_dict(values)
+
+
+def test_a_bad_value_is_told_before_anything_runs() -> None:
+    with pytest.raises(InputError, match="no_such"):
+        list(grid(rule=["mean", "no_such"]).settings())
+    with pytest.raises(InputError, match="unknown preset"):
+        read_grid("no_such")
+    with pytest.raises(InputError, match="cannot read the grid"):
+        read_grid("no/such.toml")
+
+
+def test_broken_toml_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text("[run\n")
+    with pytest.raises(InputError, match="not valid TOML"):
+        read_grid(str(path))
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_can_be_run(name: str) -> None:
+    found = read_grid(name)
+    settings = list(found.settings())
+    assert settings
+    tried = {json.dumps(value) for s in settings for value in s.values()}
+    for entry in found.published:
+        values = {k: v for k, v in entry.items() if k not in ("accuracy", "spread", "figure")}
+        assert {json.dumps(value) for value in values.values()} <= tried, entry
+
+
+# ---- a federation that is played --------------------------------------------------------------------
+
+
+def run(**changes: Any) -> RunConfig:
+    task = Task(model="softmax", clients=6, seed=1, **changes.pop("task", {}))
+    return RunConfig(**{"task": task, "rounds": 3, "eps": 0.34, **changes})
+
+
+def played(config: RunConfig) -> list[Played]:
+    return list(play(config, load("digits")))
+
+
+def test_the_mean_of_honest_clients_is_federated_averaging() -> None:
+    config = run(rule="mean", server_lr=0.5, server_momentum=0.9)
+    dataset, task = load("digits"), config.task
+    shared = Shared.of(task, dataset)
+    learners = [Learner(task, dataset, i, shared=shared) for i in range(task.clients)]
+    model = to_vector(shared.module)
+    velocity = torch.zeros_like(model)
+    for number, found in enumerate(played(config), start=1):
+        velocity = 0.9 * velocity + updates(learners, number, model).mean(dim=0)
+        model = model + 0.5 * velocity
+        assert found.round == number
+        torch.testing.assert_close(found.model, model, rtol=1e-5, atol=1e-6)
+
+
+def test_malicious_clients_come_first_and_see_what_the_others_send() -> None:
+    (first, *_) = played(run(rule="mean", attack="ipm(2)", malicious=2))
+    assert first.clients == tuple(map(client_name, range(6)))
+    torch.testing.assert_close(first.rows[0], -2 * first.rows[2:].mean(dim=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first.rows[0], first.rows[1])
+
+
+def test_updates_that_are_not_finite_are_refused() -> None:
+    for found in played(run(attack="nan", malicious=2)):
+        assert found.clients == tuple(map(client_name, range(2, 6)))
+        assert len(found.rows) == 4
+        assert found.moved
+        assert torch.isfinite(found.model).all()
+
+
+def test_too_few_for_the_rule_or_the_quorum_leave_the_model_where_it_is() -> None:
+    for config in (run(rule="bulyan"), run(attack="nan", malicious=2, quorum=0.9)):
+        first, *_, last = played(config)
+        assert (first.result, last.round, last.moved) == (None, 3, False)
+        torch.testing.assert_close(first.model, last.model, rtol=0, atol=0)
+
+
+def test_a_sample_of_the_clients_is_asked() -> None:
+    asked = [found.clients for found in played(run(sample=0.5, rule="mean"))]
+    assert {len(clients) for clients in asked} == {3}
+    assert len(set(asked)) > 1
+
+
+def test_a_schedule_leaves_clients_out() -> None:
+    changes = {"attack": "ipm(5)", "malicious": 2, "rule": "mean", "rounds": 4}
+    first, *_, last = played(run(schedule="sever(every=1, times=2)", **changes))
+    assert len(first.clients) == 6
+    assert set(last.clients) == set(map(client_name, range(2, 6)))
+
+
+# ---- what is measured -------------------------------------------------------------------------------
+
+
+def test_figures_of_an_attacked_mean() -> None:
+    figures = measure(run(rule="mean", attack="ipm", malicious=2, rounds=8), load("digits"), 2)
+    assert figures["malicious_weight"] == pytest.approx(1 / 3)
+    assert figures["honest_lost"] == figures["rounds_skipped"] == 0
+    assert figures["displacement"] > 0.1
+    assert [number for number, _ in figures["curve"]] == [4, 5, 6, 7, 8]
+    assert figures["accuracy"] == figures["curve"][-1][1]
+    assert figures["accuracy_last"] == pytest.approx(np.mean([a for _, a in figures["curve"]]))
+    assert 0 <= figures["worst_class"] <= figures["accuracy"]
+    assert "success" not in figures
+
+
+def test_a_certificate_is_no_less_than_the_displacement() -> None:
+    figures = measure(run(rule="filter", attack="ipm", malicious=2, rounds=4), load("digits"), 1)
+    assert figures["malicious_weight"] == 0
+    assert figures["displacement"] <= figures["certificate"] < np.inf
+
+
+def test_the_success_of_a_backdoor_is_measured() -> None:
+    attacked = measure(run(rule="mean", attack="backdoor", malicious=2, rounds=8), load("digits"), 1)
+    assert attacked["success"] > 0.9
+    flipped = measure(run(rule="mean", attack="label_flip", malicious=2, rounds=1), load("digits"), 1)
+    assert "success" not in flipped  # it aims at no class
+
+
+# ---- what is shown ----------------------------------------------------------------------------------
+
+
+def trial(rule: str, attack: str, seed: int = 0, **figures: Any) -> Trial:
+    (setting,) = grid(rule=rule, attack=attack, seed=seed, **figures.pop("run", {})).settings()
+    del setting["seed"]
+    return Trial(setting, seed, figures, 0.5)
+
+
+def test_the_worst_attack_is_the_one_with_the_lowest_mean() -> None:
+    trials = [
+        trial("mean", "none", 0, accuracy_last=0.9),
+        trial("mean", "none", 1, accuracy_last=0.8),
+        trial("mean", "ipm", 0, accuracy_last=0.2),
+        trial("mean", "ipm", 1, accuracy_last=0.4),
+        trial("filter", "none", 0, accuracy_last=0.7),
+        trial("filter", "ipm", 0, refused="why not"),
+    ]
+    (arena,) = arenas(trials)
+    worst = arena.worst()
+    assert (worst["mean"][0], str(worst["mean"][1])) == ("ipm", "30 ± 14")
+    assert worst["filter"][0] == "none"
+    assert ranked([arena]) == ["filter", "mean"]
+    assert arena.percent()["filter"]["ipm"].count == 0
+
+
+def test_runs_that_differ_in_more_are_kept_apart() -> None:
+    trials = [
+        trial("mean", "none", accuracy_last=0.9, run={"split": split, "eps": eps})
+        for split in ("iid", "dirichlet(0.1)")
+        for eps in (0.1, 0.2)
+    ]
+    assert [arena.label for arena in arenas(trials)] == [
+        "iid, eps 0.1",
+        "iid, eps 0.2",
+        "dirichlet(0.1), eps 0.1",
+        "dirichlet(0.1), eps 0.2",
+    ]
+
+
+def test_a_report_shows_what_was_published(tmp_path: Path) -> None:
+    published = [{"rule": "nnm | filter", "attack": "ipm", "accuracy": 91.0, "spread": 0.5}]
+    asked = Grid("A <title>", {}, published=published)
+    trials = [
+        trial("nnm | filter", "ipm", accuracy_last=0.5, success=0.25, malicious_weight=0.1),
+        trial("nnm | filter", "none", accuracy_last=0.75),
+        trial("mean", "ipm", refused="too few"),
+    ]
+    path = page.write(trials, asked, tmp_path, "fedrobust compare 'x | y'")
+    html, text = path.read_text(), (tmp_path / "tables.md").read_text()
+    assert "A &lt;title&gt;" in html
+    assert "<svg" in html
+    assert "| nnm \\| filter, ipm | 91.0 ± 0.5 | 50.0 | 1 |" in text
+    assert "| `mean` | too few | 1 |" in text
+    assert "| `nnm \\| filter` | **50.0** ipm |" in text
+    assert (tmp_path / "plots" / "arena-1.png").stat().st_size > 1000
+
+
+def test_every_run_is_a_row(tmp_path: Path) -> None:
+    trials = [
+        trial("mean", "none", 3, accuracy=0.9, curve=[(1, 0.9)]),
+        trial("mean", "ipm", 4, refused="no"),
+    ]
+    write_csv(trials, tmp_path / "runs.csv")
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rule"], row["attack"], row["seed"], row["accuracy"]) for row in rows] == [
+        ("mean", "none", "3", "0.9"),
+        ("mean", "ipm", "4", ""),
+    ]
+    assert rows[1]["refused"] == "no"
+    assert "curve" not in rows[0]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parameters_to_vector
 
 from fedrobust.data import Dataset
 from fedrobust.data.splits import Indices
 from fedrobust.errors import InputError
-from fedrobust.training.task import BATCHES, Task
+from fedrobust.imports import is_import_path
+from fedrobust.seeding import seeded
+from fedrobust.training.task import BATCHES, LAYERS, Task
 from fedrobust.training.vectors import load_vector, manifest, split_vector, to_vector
 
 Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -132,9 +136,9 @@ class Learner:
         With w_0 the broadcast model, `steps` times: w_{k+1} = w_k - lr * gradient of the mean
         cross-entropy on a batch, plus decay w_k, plus proximal (w_k - w_0) (FedProx: Li, Sahu, Zaheer,
         Sanjabi, Talwalkar, Smith 2020, arXiv 1812.06127, equation 2). Batches walk through the examples
-        in random order, shuffled anew when all have been seen. The order depends on (task.seed, client,
-        round) alone, so the result is the same wherever and whenever it is worked out. The update is
-        delta = w_K - w_0.
+        in random order, shuffled anew when all have been seen. That order, and what layers such as
+        dropout draw, depends on (task.seed, client, round) alone, so the result is the same wherever and
+        whenever it is worked out. The update is delta = w_K - w_0.
 
         With momentum m the client sends u_t = m * u_{t-1} + (1 - m) * delta_t instead, and
         u_1 = delta_1: call once per round, in order. Source: Karimireddy, He, Jaggi, "Learning from
@@ -163,18 +167,31 @@ class Learner:
         self.module.train()
         parameters = list(self.module.parameters())
         origins = split_vector(model, manifest(self.module)).values()
-        for rows in self.batches(round):
-            loss = leash.alpha * cross_entropy(self.module(self.x[rows]), self.y[rows])
-            if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
-                distance = torch.linalg.vector_norm(parameters_to_vector(parameters) - model)
-                loss = loss + (1 - leash.alpha) * distance
-            gradients = torch.autograd.grad(loss, parameters)
-            with torch.no_grad():
-                for parameter, gradient, origin in zip(parameters, gradients, origins, strict=True):
-                    descend(self.task, parameter, gradient, origin)
-            if leash.radius < math.inf:
-                self._project(model, leash.radius)
+        with self._draws(round):
+            for rows in self.batches(round):
+                loss = leash.alpha * cross_entropy(self.module(self.x[rows]), self.y[rows])
+                if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
+                    distance = torch.linalg.vector_norm(parameters_to_vector(parameters) - model)
+                    loss = loss + (1 - leash.alpha) * distance
+                gradients = torch.autograd.grad(loss, parameters)
+                with torch.no_grad():
+                    for parameter, gradient, origin in zip(parameters, gradients, origins, strict=True):
+                        descend(self.task, parameter, gradient, origin)
+                if leash.radius < math.inf:
+                    self._project(model, leash.radius)
         return self.with_momentum(to_vector(self.module).sub_(model))
+
+    def _draws(self, round: int) -> AbstractContextManager[None]:  # noqa: A002
+        """What a module may draw from torch's global generator; our own models draw nothing."""
+        parts = self.module.modules()
+        if is_import_path(self.task.model) or any(isinstance(part, _DropoutNd) for part in parts):
+            return seeded(self._seed(LAYERS, round))
+        return nullcontext()
+
+    def _seed(self, stream: int, round: int) -> int:  # noqa: A002
+        """Of what this client draws from one of the task's streams in a round."""
+        key = self.task.entropy(stream, self._client, round)
+        return int(key.generate_state(1, np.uint64)[0])
 
     def _project(self, model: Tensor, radius: float) -> None:
         delta = to_vector(self.module).sub_(model)
@@ -187,8 +204,7 @@ class Learner:
         steps, batch = self.task.steps, self.task.batch
         if batch == 0 or batch >= self.examples:
             return [slice(None)] * steps
-        (seed,) = self.task.entropy(BATCHES, self._client, round).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = torch.Generator().manual_seed(self._seed(BATCHES, round))
         passes = -(-steps * batch // self.examples)
         order = [torch.randperm(self.examples, generator=generator) for _ in range(passes)]
         return torch.cat(order)[: steps * batch].view(steps, batch).unbind()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedrobust.errors import InputError
 from fedrobust.imports import check_import_path, import_callable, is_import_path, told
+from fedrobust.seeding import seeded
 from fedrobust.text import Textual, parse
 
 Shape = tuple[int, int, int]
@@ -31,9 +32,7 @@ class Model(Textual, ABC):
         Raises:
             InputError: the images are too small for this architecture.
         """
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which reseeds the accelerators too, and for good.
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             return self.build(shape, classes)
 
     @abstractmethod
@@ -254,4 +253,4 @@ def parse_model(text: str) -> Model:
         InputError: the text names no model of the `CATALOG`, an argument is wrong, or the path is
             malformed.
     """
-    return Imported(text.strip()) if is_import_path(text) else parse(text, CATALOG, "model")
+    return Imported(text) if is_import_path(text) else parse(text, CATALOG, "model")

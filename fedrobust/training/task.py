@@ -15,8 +15,9 @@ from fedrobust.errors import InputError
 from fedrobust.text import Textual, choose
 from fedrobust.training.models import parse_model
 
-# Independent random streams of one seed, told apart by the first word of the spawn key.
-PARTITION, BATCHES = 0, 1
+# Independent random streams of one seed, told apart by the first word of the spawn key; LAYERS is what a
+# module draws while it trains, as dropout does.
+PARTITION, BATCHES, LAYERS = 0, 1, 4
 
 
 def client_name(index: int) -> str:

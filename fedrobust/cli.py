@@ -169,6 +169,11 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
     client.add_argument("--malicious", type=int, default=1, help="size of the coalition: ids below it")
     client.add_argument("--rule", help="the server's rule, for attacks that try their rows on it")
     client.add_argument("--eps", type=float, help="the malicious fraction that the server assumes")
+    client.add_argument(
+        "--allow-imports",
+        action="store_true",
+        help="import the models and datasets that the server names by path: its word runs code here",
+    )
     client.add_argument("--patience", type=float, default=60.0, help="seconds to wait for the server")
     _ledger_options(commands)
     redteam = _command(
@@ -620,7 +625,15 @@ def _client(options: argparse.Namespace) -> int:
             print(f"round {number}: {status.lower()} {reason}".rstrip(), flush=True)  # noqa: T201
 
     name = options.name or client_name(options.id)
-    work = run(options.server, name, prepare, watch, options.patience, credentials)
+    work = run(
+        options.server,
+        name,
+        prepare,
+        watch,
+        options.patience,
+        credentials,
+        imports=options.allow_imports,
+    )
     asyncio.run(_interruptible(work))
     return 0
 

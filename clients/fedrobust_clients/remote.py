@@ -83,6 +83,8 @@ async def run(
     watch: Callable[[int, Receipt], None],
     patience: float = 60.0,
     credentials: Credentials | None = None,
+    *,
+    imports: bool = False,
 ) -> int:
     """Take part in the federation of a server until it ends, through lost connections and restarts.
 
@@ -93,15 +95,17 @@ async def run(
         watch: is told of every receipt, with its round.
         patience: seconds that the server may stay away before we give up.
         credentials: for TLS; None sends everything in the clear.
+        imports: whether the server may name a model or dataset by import path; its code then runs here.
 
     Returns:
         How many updates were accepted.
 
     Raises:
         ConnectionError: the server is not there, refused, or stayed away.
+        InputError: the task does not fit this client, or names what may not be imported.
     """
     token = credentials.token if credentials else b""
-    part = Participation(client, prepare, watch, token=token)
+    part = Participation(client, prepare, watch, token=token, imports=imports)
     while True:
         heard = part.heard
         for pause in pauses():

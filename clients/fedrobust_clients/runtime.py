@@ -117,6 +117,7 @@ class Participation:
         *,
         token: bytes = b"",
         encoding: Encoding | None = None,
+        imports: bool = False,
     ) -> None:
         """Be this client.
 
@@ -126,9 +127,10 @@ class Participation:
             watch: is told of every receipt, with its round.
             token: a signed enrolment token, where the server asks for one.
             encoding: how vectors travel; None leaves it to the server.
+            imports: whether the server's task may name a model or dataset by import path.
         """
         self._client, self._prepare, self._watch = client, prepare, watch
-        self._token, self._encoding = token, encoding
+        self._token, self._encoding, self._imports = token, encoding, imports
         self._runtime: Runtime | None = None
         self._model = _Download(0)
         self._work: _Work | None = None
@@ -139,13 +141,13 @@ class Participation:
         """Take part until the federation ends, or the connection does.
 
         Raises:
-            InputError: the task does not fit this client.
+            InputError: the task does not fit this client, or names what may not be imported.
             Exception: whatever the connection raises when it breaks; attend again with a new one.
         """
         enrolled = await connection.enrol(EnrolRequest(client=self._client, token=self._token))
         self.heard = time.monotonic()
         if self._runtime is None:
-            self._runtime = self._prepare(Task.from_json(enrolled.task))
+            self._runtime = self._prepare(Task.from_json(enrolled.task, imports=self._imports))
         encoding = self._encoding or enrolled.encoding
         if self._work is not None and not self._work.settled:  # its receipt was lost, perhaps
             progress = await self._progress(connection, enrolled.session, self._work)
@@ -260,8 +262,10 @@ async def participate(
     client: str,
     prepare: Callable[[Task], Runtime],
     watch: Callable[[int, Receipt], None] = lambda _round, _receipt: None,
+    *,
+    imports: bool = False,
 ) -> int:
     """Take part over one connection; returns how many updates were accepted. As `Participation`."""
-    part = Participation(client, prepare, watch)
+    part = Participation(client, prepare, watch, imports=imports)
     await part.attend(connection)
     return part.accepted

@@ -148,4 +148,5 @@ async def simulate(
 
 
 async def _participate(connection: Connection, member: int, runtime: Simulated) -> None:
-    await participate(connection, client_name(member), lambda _task: runtime)
+    # The server is in this very process, and its operator is ours.
+    await participate(connection, client_name(member), lambda _task: runtime, imports=True)

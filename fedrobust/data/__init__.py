@@ -1,6 +1,7 @@
 """Datasets, and how they are split over clients."""
 
-from fedrobust.data.datasets import Dataset, load, read_idx
+from fedrobust.data.dataset import Dataset
+from fedrobust.data.datasets import load, read_idx
 from fedrobust.data.splits import (
     IID,
     Dirichlet,

@@ -23,52 +23,38 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fedrobust.data.cifar10 import Images, load_cifar10
+from fedrobust.data.dataset import Dataset
 from fedrobust.data.files import ENVIRONMENT_VARIABLE
+from fedrobust.data.imported import load_imported
 from fedrobust.errors import InputError
+from fedrobust.imports import check_import_path, is_import_path
 from fedrobust.text import choose
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A classification task, ready to train on.
-
-    Attributes:
-        name: the name under which `load` found it.
-        train_x: float32, (n, channels, height, width), normalised.
-        train_y: int64, (n,), in 0 .. classes - 1.
-        test_x: float32, (m, channels, height, width), normalised as `train_x`.
-        test_y: int64, (m,).
-        classes: how many classes there are.
-    """
-
-    name: str
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    classes: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image."""
-        channels, height, width = self.train_x.shape[1:]
-        return channels, height, width
-
-
 def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """Load a dataset of the `CATALOG` by name.
+    """Load a dataset of the `CATALOG` by name, or any by import path.
 
     Args:
-        name: "digits", "mnist", "fashion_mnist" or "cifar10".
+        name: "digits", "mnist", "fashion_mnist", "cifar10" or a path as for `load_imported`.
         data_dir: the directory of the files, or the one above it; None means the directory
             that the environment variable FEDROBUST_DATA names. The digits need none.
 
     Raises:
-        InputError: the name is unknown, or its files are missing or malformed.
+        InputError: the name is unknown, or its files are missing or malformed; or as `load_imported`.
     """
+    check_name(name)
     if data_dir is None and os.environ.get(ENVIRONMENT_VARIABLE):
         data_dir = Path(os.environ[ENVIRONMENT_VARIABLE])
-    return CATALOG[choose(name, CATALOG, "dataset")](data_dir)
+    return load_imported(name, data_dir) if is_import_path(name) else CATALOG[name](data_dir)
+
+
+def check_name(name: str) -> str:
+    """Return the name if it is in the `CATALOG` or a well-formed import path; imports nothing.
+
+    Raises:
+        InputError: it is neither.
+    """
+    return check_import_path(name) if is_import_path(name) else choose(name, CATALOG, "dataset")
 
 
 def digits(_: Path | None = None) -> Dataset:

@@ -12,6 +12,7 @@ from torch import nn
 from fedrobust.data import Dataset, datasets, parse_split
 from fedrobust.data.splits import Indices, Labels
 from fedrobust.errors import InputError
+from fedrobust.imports import is_import_path
 from fedrobust.text import Textual, choose
 from fedrobust.training.models import parse_model
 
@@ -30,7 +31,7 @@ class Task(Textual):
     """What is trained, on what, by how many, and how each client trains.
 
     Attributes:
-        dataset: a name of `fedrobust.data.datasets.CATALOG`.
+        dataset: a name of `fedrobust.data.datasets.CATALOG`, or an import path as for `load_imported`.
         split: how the examples are spread over the clients, as text.
         model: what is trained, as text, or an import path "package.module:attribute".
         clients: how many clients share the data, at least 1.
@@ -63,7 +64,7 @@ class Task(Textual):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose(self.dataset, datasets.CATALOG, "dataset")
+        datasets.check_name(self.dataset)
         parse_split(self.split)
         parse_model(self.model)
         self.require(self.clients >= 1, "clients must be at least 1")
@@ -81,11 +82,17 @@ class Task(Textual):
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Task:
-        """Read a JSON object; fields that it leaves out have their defaults.
+    def from_json(cls, text: str, *, imports: bool = False) -> Task:
+        """Read a JSON object; fields that it leaves out have their defaults. Imports nothing.
+
+        Args:
+            text: of anybody's, such as a server at the other end of a connection.
+            imports: whether a model or dataset may be an import path, whose code runs once it is built
+                or loaded.
 
         Raises:
-            InputError: the text is no JSON object, has an unknown key, or a value is wrong.
+            InputError: the text is no JSON object, has an unknown key, a value is wrong, or is an import
+                path that may not be.
         """
         try:
             fields = json.loads(text)
@@ -96,7 +103,13 @@ class Task(Textual):
         known = [field.name for field in dataclasses.fields(cls)]
         for key in fields:
             choose(key, known, "task field")
-        return cls(**fields)
+        task = cls(**fields)
+        if not imports and (paths := [p for p in (task.model, task.dataset) if is_import_path(p)]):
+            raise InputError(
+                f"the task names {paths[0]!r}, whose code would be imported and run here; allow that "
+                "(--allow-imports) only where you trust whoever runs the server"
+            )
+        return task
 
     def partition(self, labels: Labels) -> list[Indices]:
         """The indices of each client's examples: the same on every machine.

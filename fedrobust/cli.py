@@ -78,6 +78,12 @@ examples, the first one lists what comes along:
   fedrobust compare --rule mean filter "nnm | trimmed_mean" --attack none alie ipm --eps 0.1 0.2
   fedrobust compare mnist --split iid --eps 0.2 --seed 0 1 2 --to comparisons/iid
 """
+_DATA = """\
+examples:
+  fedrobust data
+  fedrobust data mnist --to data
+  FEDROBUST_DATA=data fedrobust simulate --dataset mnist
+"""
 _REPRODUCE = """\
 examples:
   fedrobust reproduce
@@ -196,6 +202,17 @@ def _parser(chosen: str = "") -> argparse.ArgumentParser:
         _compare_options(compare)
     _reproduce_options(
         _command(commands, "reproduce", "a published experiment, run again", _REPRODUCE, _reproduce)
+    )
+    data = _command(
+        commands, "data", "which datasets there are, and whether their files are in place", _DATA, _data
+    )
+    data.add_argument("name", nargs="?", help="of the dataset to fetch; none: list all")
+    data.add_argument(
+        *("--to", "--data-dir"),
+        dest="data_dir",
+        type=Path,
+        metavar="DIR",
+        help="where datasets are, or are to be, each in a folder of its own [$FEDROBUST_DATA]",
     )
     _keys_commands(_command(commands, "keys", "make and revoke certificates and tokens", _KEYS, None))
     return parser
@@ -792,6 +809,35 @@ def _reproduce(options: argparse.Namespace) -> int:
     else:
         print(experiment.tables(trials))  # noqa: T201
         print(f"\n{folder / 'README.md'}, {folder / 'figure.png'}")  # noqa: T201
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from fedrobust.data import sources
+    from fedrobust.data.files import data_directory
+    from fedrobust.text import choose
+
+    data_dir = data_directory(options.data_dir)
+    if options.name is None:
+        states = [sources.look(source, data_dir) for source in sources.SOURCES.values()]
+        states.insert(0, sources.State("digits", sources.IN_PLACE, "(comes with scikit-learn)"))
+        for state in states:
+            text = f"{state.state}: {state.damaged}" if state.damaged else state.state
+            line = f"{state.name:<15} {text:<35} {state.folder}".rstrip()
+            print(json.dumps(dataclasses.asdict(state)) if options.json else line)  # noqa: T201
+        return int(any(state.damaged for state in states))
+    source = sources.SOURCES[choose(options.name, sources.SOURCES, "dataset to fetch")]
+    if data_dir is None:
+        raise InputError("say where datasets are to be, with --to or FEDROBUST_DATA")
+    with _progress(len(source.downloads)) as watch:
+        written = sources.fetch(source, data_dir, watch=watch)
+    state = sources.look(source, data_dir)
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(state), "written": list(map(str, written))}))  # noqa: T201
+    else:
+        for path in written:
+            print(f"wrote {path}")  # noqa: T201
+        print(f"{state.name} is {state.state}: {state.folder}")  # noqa: T201
     return 0
 
 

@@ -23,6 +23,7 @@ BINARY_FILES = {
     "test": ["test_batch.bin"],
 }
 _RECORD = 1 + 3 * 32 * 32
+_WHAT = "CIFAR-10 (which `fedrobust data cifar10` fetches)"
 
 
 def load_cifar10(
@@ -47,12 +48,24 @@ def load_cifar10(
         InputError: no such part, or its files are missing or malformed.
     """
     choose(part, SIZES, "part of CIFAR-10")
-    for folder in ("cifar-10-batches-bin", "cifar10"):
-        binary = find_files(BINARY_FILES[part], folder, data_dir)
-        if binary is not None:
-            return _read_binary(binary, rows)
-    (path,) = need_files([JPEG_FILE], "cifar10", "CIFAR-10", data_dir)
+    binary = _find_part(part, data_dir)
+    if binary is not None:
+        return _read_binary(binary, rows)
+    (path,) = need_files([JPEG_FILE], "cifar10", _WHAT, data_dir)
     return _read_jpeg(path, part, rows)
+
+
+def find_binary(data_dir: Path | None = None) -> list[Path] | None:
+    """The six binary batches, those to train on first, or None where one is missing."""
+    parts = [_find_part(part, data_dir) for part in SIZES]
+    found = [path for part in parts for path in part or []]
+    return found if all(parts) else None
+
+
+def _find_part(part: str, data_dir: Path | None) -> list[Path] | None:
+    folders = ("cifar-10-batches-bin", "cifar10")
+    found = (find_files(BINARY_FILES[part], folder, data_dir) for folder in folders)
+    return next((paths for paths in found if paths), None)
 
 
 def _read_binary(paths: list[Path], rows: npt.NDArray[np.integer] | None) -> tuple[Images, Labels]:

@@ -1,14 +1,14 @@
 """Labelled images for classification: the digits of scikit-learn, MNIST, Fashion-MNIST and CIFAR-10.
 
-Nothing is downloaded: the digits come with scikit-learn, the others are read from the files in which
-they are published (CIFAR-10 also from smaller ones, `fedrobust.data.cifar10`).
+The digits come with scikit-learn, the others are read from the files in which they are published
+(CIFAR-10 also from smaller ones, `fedrobust.data.cifar10`). Loading downloads nothing; that is what
+`fedrobust.data.sources` is for.
 """
 
 from __future__ import annotations
 
 import gzip
 import math
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedrobust.data.cifar10 import Images, load_cifar10
 from fedrobust.data.dataset import Dataset
-from fedrobust.data.files import ENVIRONMENT_VARIABLE
+from fedrobust.data.files import ENVIRONMENT_VARIABLE, data_directory
 from fedrobust.data.imported import load_imported
 from fedrobust.errors import InputError
 from fedrobust.imports import check_import_path, is_import_path
@@ -43,8 +43,7 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         InputError: the name is unknown, or its files are missing or malformed; or as `load_imported`.
     """
     check_name(name)
-    if data_dir is None and os.environ.get(ENVIRONMENT_VARIABLE):
-        data_dir = Path(os.environ[ENVIRONMENT_VARIABLE])
+    data_dir = data_directory(data_dir)
     return load_imported(name, data_dir) if is_import_path(name) else CATALOG[name](data_dir)
 
 
@@ -110,25 +109,34 @@ class IdxDataset:
 
     def __call__(self, data_dir: Path | None) -> Dataset:
         """Read the four files from the first place below `data_dir` that has them all."""
-        train_x, train_y, test_x, test_y = self._find(data_dir)
+        train_x, train_y, test_x, test_y = self._need(data_dir)
         return Dataset(self.name, *self._read(train_x, train_y), *self._read(test_x, test_y), classes=10)
 
-    def _find(self, data_dir: Path | None) -> list[Path]:
-        places = self._places(data_dir) if data_dir else []
-        for place in places:
+    def find(self, data_dir: Path | None) -> list[Path] | None:
+        """The four files, in the order of `IDX_FILES`, or None where no place has them all."""
+        for place in self._places(data_dir):
             # The plain file comes first: where both are kept, it is the faster to read.
             found = [_first_file(place / f, place / f"{f}.gz") for f in IDX_FILES]
             files = [file for file in found if file is not None]
             if len(files) == len(IDX_FILES):
                 return files
+        return None
+
+    def _need(self, data_dir: Path | None) -> list[Path]:
+        found, places = self.find(data_dir), self._places(data_dir)
+        if found is not None:
+            return found
         looked = ", ".join(map(str, places)) if places else "nowhere, no directory was given"
         raise InputError(
             f"dataset {self.name!r} needs the files {', '.join(IDX_FILES)} (or the same with .gz) "
             f"in one directory; looked in: {looked}; "
-            f"give the directory with --data-dir or {ENVIRONMENT_VARIABLE}"
+            f"give the directory with --data-dir or {ENVIRONMENT_VARIABLE}, or fetch them: "
+            f"fedrobust data {self.name}"
         )
 
-    def _places(self, data_dir: Path) -> list[Path]:
+    def _places(self, data_dir: Path | None) -> list[Path]:
+        if data_dir is None:
+            return []
         # Datasets of this family use the same file names, so a directory named after the dataset
         # goes before the bare one, which may hold another.
         named = [data_dir / folder for folder in self.folders]
@@ -156,15 +164,15 @@ IDX_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 
+MNIST = IdxDataset("mnist", ("mnist", "MNIST"), mean=0.1307, std=0.3081)
+FASHION_MNIST = IdxDataset(
+    "fashion_mnist", ("fashion_mnist", "fashion-mnist", "FashionMNIST"), mean=0.2860, std=0.3530
+)
+
 CATALOG: dict[str, Callable[[Path | None], Dataset]] = {
     "digits": digits,
-    "mnist": IdxDataset("mnist", ("mnist", "MNIST"), mean=0.1307, std=0.3081),
-    "fashion_mnist": IdxDataset(
-        "fashion_mnist",
-        ("fashion_mnist", "fashion-mnist", "FashionMNIST"),
-        mean=0.2860,
-        std=0.3530,
-    ),
+    "mnist": MNIST,
+    "fashion_mnist": FASHION_MNIST,
     "cifar10": cifar10,
 }
 
@@ -186,7 +194,7 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     Raises:
         InputError: the file cannot be read, is of another kind, or is not as long as it declares.
     """
-    raw = _read_bytes(path)
+    raw = read_bytes(path)
     start = 4 + 4 * dimensions
     if len(raw) < start:
         raise InputError(f"{path} is {len(raw)} bytes long, shorter than an IDX header; fetch it again")
@@ -206,7 +214,12 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; a name that ends in .gz is decompressed.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         raw = path.read_bytes()
         return gzip.decompress(raw) if path.suffix == ".gz" else raw

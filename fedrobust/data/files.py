@@ -46,6 +46,11 @@ def need_files(names: Sequence[str], folder: str, what: str, data_dir: Path | No
 
 def places(folder: str, data_dir: Path | None) -> list[Path]:
     """The folder below the data directory, and that directory itself; none where no one names it."""
-    if data_dir is None and os.environ.get(ENVIRONMENT_VARIABLE):
-        data_dir = Path(os.environ[ENVIRONMENT_VARIABLE])
+    data_dir = data_directory(data_dir)
     return [] if data_dir is None else [data_dir / folder, data_dir]
+
+
+def data_directory(data_dir: Path | None) -> Path | None:
+    """The directory that was given, else the one that FEDROBUST_DATA names, else none."""
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    return Path(named) if data_dir is None and named else data_dir

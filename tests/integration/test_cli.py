@@ -45,6 +45,10 @@ BAD = {
     "redteam krum --eps 0.7": ("0.7", "(0, 0.5)"),
     "redteam krum --budget 10": ("10", "at least"),
     "redteam krum --clients many": ("--clients", "'many'"),
+    "simulate --model no_such_module:net": ("'no_such_module:net'", "PYTHONPATH"),
+    "simulate --dataset no_such_module:data": ("'no_such_module:data'", "PYTHONPATH"),
+    "simulate --model fedrobust.training.published:f2ed": ("no attribute 'f2ed'",),
+    "data mnits": ("'mnits'", "did you mean mnist?"),
     "launch": ("'launch'", "simulate", "serve", "client", "redteam"),
     "": ("COMMAND",),
 }
@@ -130,7 +134,7 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "127.0.0.1:1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "simulate", "serve", "client", "redteam"])
+@pytest.mark.parametrize("command", ["", "simulate", "serve", "client", "redteam", "data"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])

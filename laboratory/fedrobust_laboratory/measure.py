@@ -48,7 +48,7 @@ def measure(config: RunConfig, dataset: Dataset, evaluations: int) -> dict[str, 
         curve: [round, accuracy] of the rounds in which the model was judged.
 
     Raises:
-        InputError: the run cannot begin.
+        InputError: the run cannot begin, or no round had enough clients for the rule.
     """
     module = config.task.build_model(dataset)
     every = max(config.rounds // max(evaluations, 1), 1)
@@ -59,6 +59,8 @@ def measure(config: RunConfig, dataset: Dataset, evaluations: int) -> dict[str, 
             load_vector(module, played.model)
             right = predictions(module, dataset.test_x) == dataset.test_y
             curve.append((played.round, float(right.float().mean())))
+    if not tally.combined:
+        raise InputError(f"no round could be aggregated: {played.reason}")
     figures = {
         "accuracy": curve[-1][1],
         "accuracy_last": float(np.mean([accuracy for _, accuracy in curve[-LAST:]])),
@@ -88,13 +90,15 @@ class _Tally:
 
     config: RunConfig
     rounds: list[Mapping[str, float]] = field(default_factory=list)
+    combined: bool = False
 
     def add(self, played: Played) -> None:
         result = played.result
-        found = {"rounds_skipped": float(not played.moved)}
+        found = {"rounds_skipped": float(bool(played.reason))}
         self.rounds.append(found)
         if result is None:
             return
+        self.combined = True
         found["rounds_exceeded"] = float(result.verdict is Verdict.EXCEEDED)
         rogues = {client_name(i) for i in range(self.config.malicious)}
         malicious = np.array([client in rogues for client in played.clients])

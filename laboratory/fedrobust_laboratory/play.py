@@ -43,7 +43,7 @@ class Played:
         clients: whose updates counted, in the order of the result's weights.
         rows: (n, d) float32, their updates.
         result: what the rule made of them; None if there were too few for it.
-        moved: whether the model did.
+        reason: why the model did not move; empty if it did.
         model: (d,) float32, after the round.
         excluded: who is not asked in the next round.
     """
@@ -52,7 +52,7 @@ class Played:
     clients: tuple[str, ...]
     rows: Tensor
     result: Aggregated | None
-    moved: bool
+    reason: str
     model: Tensor
     excluded: frozenset[str]
 
@@ -86,8 +86,8 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
             case machine.Aggregate(number, clients):
                 yield table.settle(number, clients)
                 events = [machine.Excluded(table.suspects.excluded), machine.Settled(number)]
-            case machine.Skip(number, _):
-                yield table.settle(number, ())
+            case machine.Skip(number, reason):
+                yield table.settle(number, (), reason)
                 events = [machine.Excluded(table.suspects.excluded), machine.Settled(number)]
         for event in events:
             state, actions = machine.step(state, event)
@@ -158,22 +158,21 @@ class _Table:
         unsound = [c for c, square in zip(clients, squares, strict=True) if not math.isfinite(square)]
         self.faults = dict.fromkeys(unsound, _NON_FINITE)
 
-    def settle(self, number: int, clients: tuple[str, ...]) -> Played:
-        """The end of a round: combine these clients' updates, none if there are too few."""
+    def settle(self, number: int, clients: tuple[str, ...], reason: str = "") -> Played:
+        """The end of a round: combine these clients' updates; none if there is a reason not to."""
         result, spread, rows = None, dict[str, float](), self._rows[:0]
         if clients:
             rows = self._of(clients)
             try:
                 result, spread = self._combine(number, clients, rows)
-            except InputError:  # too few clients for the rule: the round's fault, not the run's
-                result = None
-        moved = result is not None and (
-            result.verdict is not Verdict.EXCEEDED or self._config.exceeded == "warn"
-        )
-        if result is not None and moved:
+            except InputError as error:  # too few clients for the rule: the round's fault
+                reason = str(error)
+        if result is not None and result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
+            reason = result.verdict.value
+        elif result is not None:
             self._move(result.value[0])
         self._judge(number, clients, result, spread)
-        return Played(number, clients, rows, result, moved, self.model, self.suspects.excluded)
+        return Played(number, clients, rows, result, reason, self.model, self.suspects.excluded)
 
     def _of(self, clients: Sequence[str]) -> Tensor:
         if len(clients) == len(self._clients):

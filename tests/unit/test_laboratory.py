@@ -139,14 +139,20 @@ def test_updates_that_are_not_finite_are_refused() -> None:
     for found in played(run(attack="nan", malicious=2)):
         assert found.clients == tuple(map(client_name, range(2, 6)))
         assert len(found.rows) == 4
-        assert found.moved
+        assert not found.reason
         assert torch.isfinite(found.model).all()
 
 
 def test_too_few_for_the_rule_or_the_quorum_leave_the_model_where_it_is() -> None:
-    for config in (run(rule="bulyan"), run(attack="nan", malicious=2, quorum=0.9)):
+    for config, reason in (
+        (run(rule="bulyan"), "bulyan"),
+        (run(attack="nan", malicious=2, quorum=0.9), "4 of 6 updates, 6 needed"),
+    ):
         first, *_, last = played(config)
-        assert (first.result, last.round, last.moved) == (None, 3, False)
+        assert (first.result, last.round) == (None, 3)
+        assert reason in last.reason
+        with pytest.raises(InputError, match=f"no round could be aggregated: .*{reason}"):
+            measure(config, load("digits"), 1)
         torch.testing.assert_close(first.model, last.model, rtol=0, atol=0)
 
 

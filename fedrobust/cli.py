@@ -765,7 +765,7 @@ def _compare(options: argparse.Namespace) -> int:
         for name, title in presets().items():
             print(f"{name:<20} {title}")  # noqa: T201
         return 0
-    grid = read_grid(options.grid) if options.grid else Grid("Attacks and rules", {})
+    grid = read_grid(options.grid) if options.grid else Grid("Attacks and rules")
     grid = grid.given(given)
     folder = options.to or Path("comparisons", Path(options.grid or "grid").stem)
     total = sum(1 for _ in grid.settings())

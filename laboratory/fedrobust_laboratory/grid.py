@@ -1,4 +1,7 @@
-"""A grid of runs: a run's configuration in which a value may be a list, which is tried item by item."""
+"""A grid of runs: a run's configuration in which a value may be a list, which is tried item by item.
+
+Where values belong together, such as a rate with each momentum, a grid has several such tables.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,8 @@ class Grid:
 
     Attributes:
         title: of the report.
-        values: for every key of a run or of its task that is given: what is tried.
+        tables: for every key of a run or of its task that is given, what is tried: every combination
+            within a table.
         insiders: whether malicious clients hold a part of the data as the others do; otherwise the
             others divide everything, and malicious ones hold samples of it.
         evaluations: how often a run's model is judged on the way, apart from its last five rounds.
@@ -47,14 +51,14 @@ class Grid:
     """
 
     title: str
-    values: Mapping[str, Sequence[Any]]
+    tables: Sequence[Mapping[str, Sequence[Any]]] = ({},)
     insiders: bool = True
     evaluations: int = 10
     published: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Grid:
-        """Build from plain values: `run`, a table of keys of a run and its task, and the attributes.
+        """Build from plain values: `run`, a table or several, and the attributes.
 
         Raises:
             InputError: an unknown key (the known ones are listed), or an empty list.
@@ -63,24 +67,20 @@ class Grid:
         for key in values:
             choose(key, known, "key of a grid")
         run = values.get("run", {})
-        for key in run:
-            choose(key, KEYS, "key of a run")
-        lists = {key: value if isinstance(value, list) else [value] for key, value in run.items()}
-        for key, tried in lists.items():
-            if not tried:
-                raise InputError(f"the grid tries nothing for {key}; give at least one value")
+        tables = [_lists(table) for table in (run if isinstance(run, list) else [run])]
         rest = {key: value for key, value in values.items() if key != "run"}
-        return cls(**{"title": "Attacks and rules", **rest}, values=lists)
+        return cls(**{"title": "Attacks and rules", **rest}, tables=tables)
 
     def given(self, values: Mapping[str, Sequence[Any]]) -> Grid:
         """The same grid, but that these keys have other values."""
-        return replace(self, values={**self.values, **values})
+        return replace(self, tables=[{**table, **values} for table in self.tables])
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """Every run of the grid, as plain values of all keys of a run and its task."""
-        names = sorted(self.values, key=lambda key: AXES.index(key) if key in AXES else -1)
-        for chosen in itertools.product(*(self.values[name] for name in names)):
-            yield self._setting(dict(zip(names, chosen, strict=True)))
+        for table in self.tables:
+            names = sorted(table, key=lambda key: AXES.index(key) if key in AXES else -1)
+            for chosen in itertools.product(*(table[name] for name in names)):
+                yield self._setting(dict(zip(names, chosen, strict=True)))
 
     def _setting(self, given: Mapping[str, Any]) -> dict[str, Any]:
         attack = given.get("attack", NO_ATTACK)
@@ -91,6 +91,16 @@ class Grid:
         chosen = {**given, "attack": attack, "malicious": malicious, "outsiders": outsiders}
         config = configuration(chosen)
         return {**_plain(config.task, _TASK), **_plain(config, _RUN), "attack": attack}
+
+
+def _lists(table: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    for key in table:
+        choose(key, KEYS, "key of a run")
+    lists = {key: value if isinstance(value, list) else [value] for key, value in table.items()}
+    for key, tried in lists.items():
+        if not tried:
+            raise InputError(f"the grid tries nothing for {key}; give at least one value")
+    return lists
 
 
 def configuration(setting: Mapping[str, Any]) -> RunConfig:

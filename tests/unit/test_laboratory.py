@@ -239,7 +239,7 @@ def test_runs_that_differ_in_more_are_kept_apart() -> None:
 
 def test_a_report_shows_what_was_published(tmp_path: Path) -> None:
     published = [{"rule": "nnm | filter", "attack": "ipm", "accuracy": 91.0, "spread": 0.5}]
-    asked = Grid("A <title>", {}, published=published)
+    asked = Grid("A <title>", published=published)
     trials = [
         trial("nnm | filter", "ipm", accuracy_last=0.5, success=0.25, malicious_weight=0.1),
         trial("nnm | filter", "none", accuracy_last=0.75),

@@ -21,6 +21,7 @@ import torch
 from benchmarks import peers
 from fedrobust import aggregate
 from fedrobust.attacks import View, parse_attack
+from fedrobust.optimisers import parse_optimiser
 
 if peers.installed("byzfl") is None or peers.installed("flwr") is None:
     pytest.skip(peers.NEEDS, allow_module_level=True)
@@ -253,6 +254,34 @@ def test_as_flowers_bulyan(n: int, d: int, f: int, attack: str | None) -> None:
         X = rows(n, d, f, attack, seed).astype(dtype)
         peer = peers.flat(F.aggregate_bulyan(legacy(X), f, F.aggregate_krum, to_keep=0))
         assert distance(ours(X, "bulyan", f), peer, X) < 1e-5
+
+
+OPTIMISERS: dict[str, tuple[str, dict[str, float]]] = {
+    "sgd(lr=0.5, momentum=0.9)": ("FedAvgM", {"server_learning_rate": 0.5, "server_momentum": 0.9}),
+    "adagrad(lr=0.1)": ("FedAdagrad", {"eta": 0.1, "tau": 1e-3}),
+    "yogi(lr=0.1)": ("FedYogi", {"eta": 0.1, "beta_1": 0.9, "beta_2": 0.99, "tau": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("text", OPTIMISERS)
+def test_as_flowers_optimisers(text: str) -> None:
+    """From a first v of 0, which is Flower's; the paper's is tau^2."""
+    app = peers.flower("app")
+    name, options = OPTIMISERS[text]
+    chosen = getattr(peers.flower("serverapp.strategy"), name)(**options)
+    optimiser = parse_optimiser(text)
+    theirs, *steps = rows(6, 40, 0)
+    state = optimiser.begin(torch.from_numpy(theirs))
+    state[1:] = 0
+    for number, step in enumerate(steps, start=1):
+        layers = {str(i): layer for i, layer in enumerate(np.array_split(theirs, 3))}
+        if name == "FedAvgM":
+            layers = app.ArrayRecord({key: app.Array(layer) for key, layer in layers.items()})
+        chosen.current_arrays = layers
+        replies = peers.replies(peers.layered(np.stack([theirs + step] * 2), 3))
+        theirs = peers.flat(chosen.aggregate_train(number, replies)[0].to_numpy_ndarrays())
+        optimiser.step(state, torch.from_numpy(step))
+        np.testing.assert_allclose(state[0], theirs, rtol=1e-5, atol=1e-5)
 
 
 # Where ByzFL is wrong --------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from fedrobust_server.metrics import Metrics
 from fedrobust_server.runs import RunFolder
 from fedrobust_server.shards import Shards
 
+from fedrobust.optimisers import SGD
 from fedrobust.training import Evaluation, Task
 
 MIB = 1 << 20
@@ -96,8 +97,8 @@ def serve(load: Load, line: Connection) -> None:
         checkpoint_every=10**6,
     )
     folder = RunFolder.create(load.folder, config)
-    model = np.zeros(load.parameters, np.float32)
-    shards = Shards(load.parameters, load.shards, lr=1.0, momentum=0.0)
+    state = np.zeros((1, load.parameters), np.float32)
+    shards = Shards(load.parameters, load.shards, SGD())
 
     async def run() -> None:
         coordinator = Coordinator(
@@ -107,7 +108,7 @@ def serve(load: Load, line: Connection) -> None:
             folder.ledger(),
             lambda _model: Evaluation(0.0, 0.0),
             folder=folder,
-            state=(model, np.broadcast_to(np.float32(0), model.shape)),
+            state=state,
             standing=None,
             watch=lambda _report: None,
             metrics=Metrics(),
@@ -118,7 +119,7 @@ def serve(load: Load, line: Connection) -> None:
         await door.stop(grace=1.0)
 
     with start_ray(None):
-        shards.start(model, np.broadcast_to(np.float32(0), model.shape))
+        shards.start(state)
         asyncio.run(run())
         shards.stop()
 

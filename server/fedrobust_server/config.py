@@ -14,6 +14,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from fedrobust import InputError, parse_rule
 from fedrobust.attacks import parse_attack
+from fedrobust.optimisers import parse_optimiser
 from fedrobust.text import Textual, choose
 from fedrobust.training import Task
 from fedrobust_server.limits import Limits
@@ -37,8 +38,8 @@ class RunConfig(Textual):
         quorum: the fraction of those asked whose updates a round needs, in (0, 1].
         deadline: seconds after which a round closes with whoever has answered.
         exceeded: what the verdict "bound exceeded" does: "warn", or "skip" the round (fail closed).
-        server_lr: the server's learning rate.
-        server_momentum: the server's momentum, in [0, 1).
+        optimiser: how the aggregate moves the model, as text: "sgd(lr=1.0, momentum=0.9)", "adagrad",
+            "adam(lr=0.01)" or "yogi".
         wire: how vectors travel unless a client chooses: "float32", or "bfloat16" or "float16", half of
             the bytes for a relative error of 2^-8 or 2^-11 in every value.
         compression: of what travels, "none" or "zstd".
@@ -68,8 +69,7 @@ class RunConfig(Textual):
     quorum: float = 0.5
     deadline: float = 60.0
     exceeded: str = "warn"
-    server_lr: float = 1.0
-    server_momentum: float = 0.0
+    optimiser: str = "sgd"
     wire: str = "float32"
     compression: str = "none"
     durability: str = "process"
@@ -85,6 +85,7 @@ class RunConfig(Textual):
         super().__post_init__()
         parse_rule(self.rule)
         parse_attack(self.attack)
+        parse_optimiser(self.optimiser)
         parse_policy(self.quarantine)
         parse_schedule(self.schedule)
         choose(self.exceeded, ("warn", "skip"), "value of exceeded")
@@ -102,11 +103,6 @@ class RunConfig(Textual):
         self.require(0 < self.sample <= 1, f"sample must be in (0, 1], got {self.sample}")
         self.require(0 < self.quorum <= 1, f"quorum must be in (0, 1], got {self.quorum}")
         self.require(self.deadline > 0, f"deadline must be above 0 seconds, got {self.deadline}")
-        self.require(self.server_lr > 0, f"server_lr must be above 0, got {self.server_lr}")
-        self.require(
-            0 <= self.server_momentum < 1,
-            f"server_momentum must be in [0, 1), got {self.server_momentum}",
-        )
         self.require(self.shards >= 1, f"shards must be at least 1, got {self.shards}")
         self.require(self.gateways >= 1, f"gateways must be at least 1, got {self.gateways}")
         self.require(

@@ -163,7 +163,7 @@ class Coordinator(Reception):
         evaluate: Callable[[Floats], Evaluation],
         *,
         folder: RunFolder,
-        state: tuple[Floats, Floats],
+        state: Floats,
         standing: Standing | None,
         watch: Callable[[RoundReport], None],
         metrics: Metrics,
@@ -177,7 +177,8 @@ class Coordinator(Reception):
             ledger: takes the record.
             evaluate: judges a model; called in a thread.
             folder: of the run.
-            state: the model and the velocity that the run begins with, or goes on from.
+            state: (1 + kept, d), the model and the optimiser's memory that the run begins with, or goes
+                on from.
             standing: where it goes on; None begins it.
             watch: is told of every finished round.
             metrics: are kept up to date.
@@ -203,7 +204,7 @@ class Coordinator(Reception):
         self._manifest = ManifestMessage(
             tensors=[TensorSpec(name=name, shape=shape) for name, shape in manifest]
         )
-        self._model, self._velocity = state
+        self._learnt = state
         self._sessions: dict[bytes, _Session] = {}
         self._tickets = 0
         self._listening: Counter[str] = Counter()
@@ -211,6 +212,11 @@ class Coordinator(Reception):
         self._recorded: asyncio.Task[None] | None = None
         self._judged: asyncio.Task[None] | None = None
         self._finished: asyncio.Future[None] | None = None
+
+    @property
+    def _model(self) -> Floats:
+        model: Floats = self._learnt[0]
+        return model
 
     async def run(self) -> Floats:
         """Wait for clients, run all rounds, and return the final model.
@@ -565,12 +571,10 @@ class Coordinator(Reception):
         if state is None:
             self._settle("skipped", result.verdict.value, result, clients)
             return
-        self._model, self._velocity = state
+        self._learnt = state
         self._settle("aggregated", "", result, clients)
 
-    def _combine(
-        self, number: int, clients: tuple[str, ...]
-    ) -> tuple[Aggregated, tuple[Floats, Floats] | None]:
+    def _combine(self, number: int, clients: tuple[str, ...]) -> tuple[Aggregated, Floats | None]:
         """The robust mean of these clients' updates, and the state that it leads to, if it may."""
         slots = [self._round.slots[client] for client in clients]
         rows, shares = self._shards.rows(slots), np.ones(len(clients))
@@ -586,7 +590,7 @@ class Coordinator(Reception):
         result = combine(rows, self._config.rule, gram, self._config.eps)
         if result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
             return result, None
-        state = self._folder.state(number, self._shards.kept, self._shards.size)
+        state = self._folder.state(number, *self._learnt.shape)
         return result, self._shards.step(state)
 
     async def _enduring(self, work: Callable[[], T]) -> T:
@@ -611,7 +615,7 @@ class Coordinator(Reception):
 
     def _restore(self) -> None:
         """All shards as they were: the state before the round, and the accepted updates."""
-        self._shards.start(self._model, self._velocity)
+        self._shards.start(self._learnt)
         if self._round.spool is not None:
             self._shards.open(self._round.spool)
             accepted = sorted(self._round.slots[client] for client in tuple(self._round.norms))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import psutil
 import ray
 import torch
@@ -25,6 +24,7 @@ from ray.exceptions import AuthenticationError, RayError
 
 from fedrobust import InputError, parse_rule
 from fedrobust.data import Dataset, load
+from fedrobust.optimisers import parse_optimiser
 from fedrobust.rules import Last
 from fedrobust.training import Evaluation, evaluate, load_vector, manifest, to_vector
 from fedrobust_server import lifeline
@@ -182,16 +182,17 @@ def federation(
     """
     dataset = load(config.task.dataset, data_dir)
     module = config.task.build_model(dataset)
-    names, first = manifest(module), to_vector(module).numpy()
-    _check(config.rule, len(first))
-    shards = Shards(len(first), config.shards, lr=config.server_lr, momentum=config.server_momentum)
+    names, optimiser = manifest(module), parse_optimiser(config.optimiser)
+    state = optimiser.begin(to_vector(module)).numpy()
+    vectors, size = state.shape
+    _check(config.rule, size)
+    shards = Shards(size, config.shards, optimiser)
     with contextlib.closing(folder.ledger(sync=config.durability == "machine")) as ledger:
         standing = ledger.standing(KEEPS_TURN)
-        state = first, np.zeros_like(first)
         if standing is not None and standing.state:
-            state = folder.load_state(standing.state_round, standing.state, len(first))
+            state = folder.load_state(standing.state_round, standing.state, vectors, size)
         if standing is not None and not standing.closed:
-            folder.check_spool(standing, len(first), shared=config.gateways > 1)
+            folder.check_spool(standing, size, shared=config.gateways > 1)
         with start_ray(ray_address):
             _start(shards, state)
             coordinator = Coordinator(
@@ -218,11 +219,11 @@ def _check(rule: str, size: int) -> None:
             raise InputError(f"{part!r}: the model has only {size} parameters")
 
 
-def _start(shards: Shards, state: tuple[Floats, Floats]) -> None:
+def _start(shards: Shards, state: Floats) -> None:
     """Start the shards; again, where a node has just died and Ray does not know of it yet."""
     for left in reversed(range(_ATTEMPTS)):
         try:
-            shards.start(*state)
+            shards.start(state)
         except RayError as error:
             what = f"shards cannot be started: {lifeline.reason(error)}"
             if not left:

@@ -1,7 +1,7 @@
 """A run's folder: config.toml, ledger.sqlite, checkpoints/, the report, and what resuming needs.
 
 spool/round-000012.rows     the updates of the round that is going on (`Spool`)
-state/round-000011.f32      the model, and the optimiser's velocity where there is one, after a round
+state/round-000011.f32      the model, and what the optimiser remembers beside it, after a round
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class RunFolder:
             _finish(path)
 
     def state(self, number: int, vectors: int, size: int) -> Spool:
-        """Room for what a round leads to: the model, and the velocity if it is of use."""
+        """Room for what a round leads to: so many vectors, the model and the optimiser's memory."""
         path = _unfinished(self._state(number))
         path.unlink(missing_ok=True)  # shards that were given up may still write into it
         return Spool.open(path, vectors, size)
@@ -150,27 +150,28 @@ class RunFolder:
             other.unlink()
         return digest
 
-    def load_state(self, number: int, digest: str, size: int) -> tuple[Floats, Floats]:
-        """The model and the velocity after a round.
+    def load_state(self, number: int, digest: str, vectors: int, size: int) -> Floats:
+        """(vectors, size): the model and the optimiser's memory after a round.
 
         Raises:
-            InputError: the file is missing or not what was saved.
+            InputError: the file is missing, not what was saved, or of another optimiser.
         """
         path = self._state(number)
         try:
             values = np.fromfile(path, "<f4")
         except OSError as error:
             raise InputError(f"cannot resume: {path}: {error.strerror}") from None
-        if blake3(values.view(np.uint8).data).hexdigest() != digest or len(values) not in (
-            size,
-            2 * size,
-        ):
+        if blake3(values.view(np.uint8).data).hexdigest() != digest:
             raise InputError(
                 f"cannot resume: {path} is not what was saved after round {number}; "
                 f"put a copy of it back, or start a new run from a checkpoint"
             )
-        zeros = np.broadcast_to(np.float32(0), (size,))
-        return values[:size], values[size:] if len(values) > size else zeros
+        if len(values) != vectors * size:
+            raise InputError(
+                f"cannot resume: {path} holds {len(values)} numbers where the run's model and optimiser "
+                f"need {vectors * size}; put config.toml back as it was"
+            )
+        return values.reshape(vectors, size)
 
     def checkpoint(self, number: int, model: Floats, manifest: Manifest) -> None:
         """Save the model after a round as named tensors; a crash leaves the file whole or absent."""

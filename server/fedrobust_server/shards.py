@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedrobust import kernels
 from fedrobust.kernels import Block, Matrix, Vector
+from fedrobust.optimisers import Optimiser
 from fedrobust_server import lifeline
 from fedrobust_server.spool import Floats, Identity, Spool, identity
 
@@ -58,19 +59,17 @@ class Ahead:
 class Shard:
     """One slice of everything. Plain Python, so that it can be tested without Ray."""
 
-    def __init__(
-        self, first: int, model: Floats, velocity: Floats, lr: float, momentum: float, threads: int
-    ) -> None:
+    def __init__(self, first: int, state: Floats, optimiser: Optimiser, threads: int) -> None:
         """Hold the coordinates from `first` on; `threads` is what torch may use here."""
         # Subnormal numbers in an update would slow products down a hundredfold. Flushing them only
         # works when asked for before the first parallel region, hence here.
         torch.set_flush_denormal(True)
         torch.set_num_threads(threads)
         self._first = first
-        self._model, self._velocity = (torch.from_numpy(v.copy()) for v in (model, velocity))
-        self._lr, self._momentum = lr, momentum
+        self._size = state.shape[1]
+        self._state, self._optimiser = torch.from_numpy(state.copy()), optimiser
         self._lock = threading.Lock()
-        self._rows = torch.empty(0, len(model))
+        self._rows = torch.empty(0, self._size)
         self._inner: Matrix = np.empty((0, 0))
         self._whole: list[int] = []
         self._fresh: deque[tuple[int, int]] = deque()
@@ -86,14 +85,13 @@ class Shard:
 
     def open(self, slots: int, path: str | None) -> None:
         """Begin a round with room for so many updates; they are in that spool, or will be sent."""
-        size = len(self._model)
         with self._lock:
             if path is None:
-                self._rows = torch.empty(slots, size)
+                self._rows = torch.empty(slots, self._size)
             else:
                 total = Path(path).stat().st_size // 4
                 mapped = np.memmap(path, "<f4", "r+", shape=(slots, total // slots))
-                self._rows = torch.from_numpy(mapped)[:, self._first : self._first + size]
+                self._rows = torch.from_numpy(mapped)[:, self._first : self._first + self._size]
             self._inner = np.zeros((slots, slots))
             self._whole, self._fresh, self._ahead, self._result = [], deque(), None, None
 
@@ -107,7 +105,7 @@ class Shard:
         If no other one becomes whole before it, that much has been done when it does.
         """
         with self._lock:
-            self._ahead = self._followed(slot, ticket, min(stop - self._first, len(self._model)))
+            self._ahead = self._followed(slot, ticket, min(stop - self._first, self._size))
 
     def complete(self, slot: int, ticket: int) -> None:
         """The update in a slot is whole; `fold` will see it."""
@@ -125,7 +123,7 @@ class Shard:
             slots = [slot for slot, _ in fresh]
             ((slot, ticket), *others), ahead = fresh, self._ahead
             if not others and ahead is not None and ahead.ticket == ticket:
-                *found, square = self._followed(slot, ticket, len(self._model)).inner
+                *found, square = self._followed(slot, ticket, self._size).inner
                 self._inner[self._whole, slot] = self._inner[slot, self._whole] = found
                 self._inner[slot, slot] = square
             else:
@@ -166,19 +164,16 @@ class Shard:
         self._result = part(self._block(slots))
 
     def step(self, path: str, file: Identity) -> list[Floats]:
-        """Move the model by the aggregate: v <- momentum v + aggregate, model <- model + lr v.
+        """Move the model by the aggregate.
 
         Returns:
-            This slice of what the next round starts from: of the model, and of the velocity where there
-            is momentum. Nothing if this process can see the file that it belongs in, and wrote it there.
+            This slice of what the next round starts from: of the model and of the optimiser's memory.
+            Nothing if this process can see the file that it belongs in, and wrote it there.
         """
         if self._result is None:
             raise RuntimeError("there is no aggregate to step by")
-        moved = self._result
-        if self._momentum:
-            moved = self._velocity.mul_(self._momentum).add_(moved)
-        self._model.add_(moved, alpha=self._lr)
-        slices = [self._model.numpy(), *([moved.numpy()] if self._momentum else [])]
+        self._optimiser.step(self._state, self._result)
+        slices = list(self._state.numpy())
         if not self.sees(path, file):
             return slices
         state = Spool.find(Path(path), len(slices), Path(path).stat().st_size // (4 * len(slices)))
@@ -245,23 +240,20 @@ class Shards:
     lost; `start` then brings them all back. When all of Ray is lost, it is a `ConnectionError`.
     """
 
-    def __init__(
-        self, size: int, count: int, *, lr: float, momentum: float, patience: float = 120.0
-    ) -> None:
+    def __init__(self, size: int, count: int, optimiser: Optimiser, *, patience: float = 120.0) -> None:
         """Plan so many shards, with an equal slice of `size` coordinates each; `start` starts them.
 
         Args:
             size: d, coordinates of the model.
             count: of shards.
-            lr: of the server's optimiser.
-            momentum: of the server's optimiser.
+            optimiser: moves the model by each round's aggregate.
             patience: seconds for the cluster to make room for the shards.
         """
         count = min(count, size)
         self.size = size
         edges = np.linspace(0, size, count + 1).astype(int).tolist()
         self._bounds = list(itertools.pairwise(edges))
-        self._lr, self._momentum, self._patience = lr, momentum, patience
+        self._optimiser, self._patience = optimiser, patience
         self._actors: list[Any] = []
         self._group: PlacementGroup | None = None
         self._blind: list[tuple[Any, int, int]] = []
@@ -269,8 +261,11 @@ class Shards:
         self._arriving: list[Any] = []
         self._folding: list[Any] = []
 
-    def start(self, model: Floats, velocity: Floats) -> None:
+    def start(self, state: Floats) -> None:
         """Start one Ray actor a shard, on as many nodes as there are; ends those that there were.
+
+        Args:
+            state: (1 + kept, d), the model and the optimiser's memory.
 
         Raises:
             ConnectionError: the cluster is gone, or has no room.
@@ -287,9 +282,7 @@ class Shards:
         remote = ray_remote(concurrency_groups={"arrivals": 1})(Shard)
         threads = max(1, torch.get_num_threads() // len(self._bounds))
         self._actors = [
-            remote.options(**options).remote(
-                a, model[a:b], velocity[a:b], self._lr, self._momentum, threads
-            )
+            remote.options(**options).remote(a, state[:, a:b], self._optimiser, threads)
             for a, b in self._bounds
         ]
         self._wait([actor.ready.remote() for actor in self._actors])  # a round's time must not go by
@@ -396,25 +389,21 @@ class Shards:
         self._arrived()
         return ShardRows(self._actors, self._bounds, slots)
 
-    @property
-    def kept(self) -> int:
-        """How many vectors the next round starts from: the model, and the velocity if it is of use."""
-        return 2 if self._momentum else 1
-
-    def step(self, state: Spool) -> tuple[Floats, Floats]:
-        """Move the model by the aggregate that `rows(...).map` left; the model and the velocity, (d,).
+    def step(self, state: Spool) -> Floats:
+        """Move the model by the aggregate that `rows(...).map` left.
 
         Args:
-            state: has `kept` slots, where they are put, and is what is returned.
+            state: has 1 + kept slots, where the model and the optimiser's memory are put.
+
+        Returns:
+            (1 + kept, d): what is in `state`.
         """
         path, file = str(state.path.resolve()), identity(state.file)
         found = lifeline.get([actor.step.remote(path, file) for actor in self._actors])
         for (first, _), slices in zip(self._bounds, found, strict=True):
             for slot, values in enumerate(slices):
                 state.write(slot, first, values)
-        model, *rest = state.map()
-        # Without momentum the velocity's zeros take no room.
-        return model, rest[0] if rest else np.broadcast_to(np.float32(0), model.shape)
+        return state.map()
 
     def _arrived(self) -> None:
         """Wait until what was sent is there; what was not taken would be missing in silence."""

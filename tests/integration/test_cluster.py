@@ -28,7 +28,7 @@ from .test_federation import model
 CLIENTS, EARLY, ROUNDS = 6, 4, 2
 RUN = [
     *("--clients", str(CLIENTS), "--rounds", str(ROUNDS), "--model", "softmax", "--shards", "2"),
-    *("--server-momentum", "0.5", "--eps", "0.25", "--deadline", "120", "--log-level", "info"),
+    *("--optimiser", "sgd(momentum=0.5)", "--eps", "0.25", "--deadline", "120", "--log-level", "info"),
 ]
 BLIND = "from fedrobust_server import shards; shards.identity = lambda path: ('another machine', 0, 0)"
 """Run in the server: its shards are told of another file than the one that they would see."""
@@ -375,13 +375,14 @@ def test_a_cluster_that_does_not_let_us_in_is_told_in_one_line(bare: Nodes, tmp_
 def test_a_cluster_without_room_is_not_waited_for_for_ever(bare: Nodes) -> None:
     program = f"""
 import numpy as np, ray
+from fedrobust.optimisers import SGD
 from fedrobust_server.launch import start_ray
 from fedrobust_server.shards import Shards
 from fedrobust_server import lifeline
 lifeline.PAUSE = 0.5
 with start_ray({bare.address!r}):
     try:
-        Shards(10, 2, lr=1.0, momentum=0.0, patience=1.0).start(np.ones(10, "f4"), np.zeros(10, "f4"))
+        Shards(10, 2, SGD(), patience=1.0).start(np.ones((1, 10), "f4"))
     except ConnectionError as error:
         print(error)
 """

@@ -102,10 +102,21 @@ def test_another_seed_ends_elsewhere_and_the_same_seed_at_the_same_model(
     assert not np.allclose(a, c)
 
 
-def in_process(folder: Path, run: str, seed: int) -> dict[str, Any]:
+@pytest.mark.parametrize("optimiser", ["sgd(momentum=0.9)", "adagrad", "adam", "yogi"])
+def test_the_number_of_shards_does_not_matter_to_the_optimiser(
+    ray_cluster: None, tmp_path: Path, optimiser: str
+) -> None:
+    one, three = (
+        in_process(tmp_path, f"of-{shards}", 0, shards=shards, optimiser=optimiser) for shards in (1, 3)
+    )
+    for name, tensor in one.items():
+        np.testing.assert_allclose(tensor, three[name], rtol=1e-4, atol=1e-5)
+
+
+def in_process(folder: Path, run: str, seed: int, **changes: Any) -> dict[str, Any]:
     """Two rounds in this process, with a sample of the clients and without malicious ones."""
     task = Task(model="softmax", clients=5, seed=seed)
-    config = RunConfig(run=run, task=task, rounds=2, sample=0.6, shards=1)
+    config = RunConfig(run=run, task=task, rounds=2, sample=0.6, **({"shards": 1} | changes))
     run_folder = RunFolder.create(folder, config)
     with federation(
         config, run_folder, data_dir=None, ray_address=None, watch=lambda _report: None

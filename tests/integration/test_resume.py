@@ -33,7 +33,7 @@ from .test_federation import model
 CLIENTS, ROUNDS = 4, 4
 RUN = [
     *("--clients", str(CLIENTS), "--rounds", str(ROUNDS), "--model", "softmax", "--momentum", "0.5"),
-    *("--server-momentum", "0.5", "--eps", "0.25", "--run", "kept", "--deadline", "60"),
+    *("--optimiser", "adam", "--eps", "0.25", "--run", "kept", "--deadline", "60"),
 ]
 
 
@@ -235,6 +235,10 @@ def test_what_cannot_be_gone_on_with_is_told_in_one_line_and_left_alone(
     state.unlink()
     assert "No such file" in one_line(*resume)
     state.write_bytes(good)
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('"adam"', '"sgd"'))
+    assert "model and optimiser need 650; put config.toml back as it was" in one_line(*resume)
+    (run / "config.toml").write_text(config)
     with contextlib.closing(sqlite3.connect(run / "ledger.sqlite")) as database:
         database.execute("PRAGMA user_version = 99")
     assert "is a ledger of version 99" in one_line(*resume)

@@ -17,9 +17,11 @@ from ray.exceptions import RayError
 
 import fedrobust as fr
 from fedrobust.aggregate import combine, gram_of
+from fedrobust.optimisers import SGD, Optimiser, parse_optimiser
 from fedrobust.rules import CATALOG, Mixing
 
 N, D = 13, 1000
+PLAIN = SGD()
 ANCHORED = {"fltrust", "monna"}  # these look at a row of the server's own, which a shard does not hold
 RULES = [
     *(n for n, rule in CATALOG.items() if not issubclass(rule, Mixing) and n not in ANCHORED),
@@ -37,7 +39,11 @@ class Filled:
 
     shards: Shards
     spool: Spool
-    model: Floats
+    learnt: Floats
+
+    @property
+    def model(self) -> Floats:
+        return self.learnt[0]
 
     @property
     def state(self) -> Path:
@@ -56,19 +62,19 @@ class Filled:
         matrix = self.shards.gram(slots)
         gram = gram_of(self.shards.rows(slots), np.ones(len(slots)), np.diag(matrix), 3, matrix=matrix)
         result = combine(self.shards.rows(slots), rule, gram)
-        before, state = self.model, Spool.open(self.state, self.shards.kept, len(self.model))
+        before, state = self.model, Spool.open(self.state, *self.learnt.shape)
         if not self.spool.path.exists():  # as on another machine
             self.state.unlink()
-        self.model, _ = self.shards.step(state)
+        self.learnt = self.shards.step(state)
         self.state.unlink(missing_ok=True)
         return result, self.model - before
 
 
-def filled(folder: Path, count: int, *, size: int = D, lr: float = 1.0, momentum: float = 0.0) -> Filled:
-    model = np.arange(size, dtype=np.float32) / size
-    shards = Shards(size, count, lr=lr, momentum=momentum)
-    shards.start(model, np.zeros_like(model))
-    return Filled(shards, Spool.open(folder / "round.rows", max(SLOTS) + 1, size), model)
+def filled(folder: Path, count: int, *, size: int = D, optimiser: Optimiser = PLAIN) -> Filled:
+    state = optimiser.begin(torch.arange(size) / size).numpy()
+    shards = Shards(size, count, optimiser)
+    shards.start(state)
+    return Filled(shards, Spool.open(folder / "round.rows", max(SLOTS) + 1, size), state)
 
 
 @pytest.fixture(scope="module", params=["one", "three", "three that cannot see the spool"])
@@ -128,7 +134,7 @@ def followed(folder: Path, rows: Floats) -> tuple[Shard, Spool]:
     """A shard of the middle of all coordinates, in which all rows but the last two are whole."""
     spool = Spool.open(folder / "rows", len(rows), rows.shape[1])
     first, size = 200, 600
-    shard = Shard(first, np.zeros(size, "f4"), np.zeros(size, "f4"), 1.0, 0.0, 1)
+    shard = Shard(first, np.zeros((1, size), "f4"), PLAIN, 1)
     shard.open(len(rows), str(spool.path))
     for slot in range(len(rows) - 2):
         spool.write(slot, 0, rows[slot])
@@ -220,7 +226,7 @@ def test_shards_that_start_anew_read_the_round_again(shards: Filled) -> None:
         pass
     with pytest.raises(RayError):
         shards.shards.gram(SLOTS)
-    shards.shards.start(shards.model, np.zeros_like(shards.model))
+    shards.shards.start(shards.learnt)
     shards.shards.open(shards.spool)
     shards.shards.replay(shards.spool, sorted(SLOTS))
     np.testing.assert_allclose(shards.shards.gram(SLOTS), before, rtol=1e-6, atol=1e-3)
@@ -229,21 +235,26 @@ def test_shards_that_start_anew_read_the_round_again(shards: Filled) -> None:
 def test_a_full_disk_is_not_taken_for_a_lost_shard(shards: Filled) -> None:
     shards.begin(updates(4))
     shards.shards.rows(SLOTS).map(lambda block: block.tile(slice(0, block.width))[0])
-    full = Spool.find(Path("/dev/full"), shards.shards.kept, D)
+    full = Spool.find(Path("/dev/full"), 1, D)
     with pytest.raises(OSError, match="No space left on device"):
         shards.shards.step(full)
 
 
-def test_the_server_optimiser_is_sgd_with_momentum(ray_cluster: None, tmp_path: Path) -> None:
-    ready = filled(tmp_path, 3, lr=0.5, momentum=0.9)
-    velocity, model = np.zeros(D), ready.model.astype(float)
+@pytest.mark.parametrize("optimiser", ["sgd(lr=0.5, momentum=0.9)", "adagrad", "adam", "yogi"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_shards_step_as_one_process_does_and_go_on_from_what_they_left(
+    ray_cluster: None, tmp_path: Path, optimiser: str, count: int
+) -> None:
+    whole = parse_optimiser(optimiser)
+    ready = filled(tmp_path, count, optimiser=whole)
+    state = torch.from_numpy(ready.learnt.copy())
     for seed in range(3):
         rows = updates(seed)
         ready.begin(rows)
         ready.aggregate("mean")
-        velocity = 0.9 * velocity + rows.mean(axis=0)
-        model = model + 0.5 * velocity
-    np.testing.assert_allclose(ready.model, model, rtol=1e-5, atol=1e-6)
+        whole.step(state, torch.from_numpy(rows).mean(dim=0))
+        ready.shards.start(ready.learnt)
+    np.testing.assert_allclose(ready.learnt, state, rtol=1e-5, atol=1e-6)
     ready.shards.stop()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from fedrobust_server.config import RunConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,3 +146,12 @@ def test_the_text_form(text: str, optimiser: Optimiser) -> None:
 def test_what_is_wrong_is_told(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_optimiser(text)
+
+
+def test_a_run_names_its_optimiser() -> None:
+    config = RunConfig.from_toml("optimiser = 'adam(lr=0.1)'\n")
+    assert RunConfig.from_toml(config.to_toml()) == config
+    with pytest.raises(InputError, match="lr must be above 0"):
+        RunConfig(optimiser="adam(lr=0)")
+    with pytest.raises(InputError, match=r"unknown configuration key 'server_lr'.*optimiser"):
+        RunConfig.from_toml("server_lr = 0.5\n")

@@ -96,7 +96,9 @@ class Grid:
 def _lists(table: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     for key in table:
         choose(key, KEYS, "key of a run")
-    lists = {key: value if isinstance(value, list) else [value] for key, value in table.items()}
+    lists: dict[str, Sequence[Any]] = {
+        key: value if isinstance(value, list) else [value] for key, value in table.items()
+    }
     for key, tried in lists.items():
         if not tried:
             raise InputError(f"the grid tries nothing for {key}; give at least one value")

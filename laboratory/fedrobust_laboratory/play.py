@@ -28,6 +28,7 @@ from fedrobust import Aggregated, InputError, Verdict, kernels, parse_rule
 from fedrobust.aggregate import LocalRows, combine, gram_of
 from fedrobust.data import Dataset
 from fedrobust.kernels import Block
+from fedrobust.optimisers import parse_optimiser
 from fedrobust.rules import CoordinateWise
 from fedrobust.training import Learner, Shared, client_name, to_vector, updates
 
@@ -136,20 +137,24 @@ class _Table:
     """The server's side of a federation: the round's updates, the model, and who is suspect.
 
     Attributes:
-        model: (d,) float32.
         faults: what is wrong with whose update in this round.
         suspects: how the clients stand.
     """
 
     def __init__(self, config: RunConfig, model: Tensor) -> None:
-        self._config, self.model = config, model
-        self._velocity = torch.zeros_like(model)
+        self._config, self._optimiser = config, parse_optimiser(config.optimiser)
+        self._state = self._optimiser.begin(model)
         self._policy, self._schedule = parse_policy(config.quarantine), parse_schedule(config.schedule)
         self._weighs = not isinstance(parse_rule(config.rule).rules[0], CoordinateWise)
         self._clients: Sequence[str] = ()
         self._rows = model.new_empty(0, len(model))
         self.faults: dict[str, machine.Fault] = {}
         self.suspects = quarantine.State()
+
+    @property
+    def model(self) -> Tensor:
+        """(d,) float32, as it is at the moment."""
+        return self._state[0].clone()
 
     def take(self, clients: Sequence[str], rows: Tensor) -> None:
         """A round's updates, of which some may be of no use."""
@@ -170,7 +175,7 @@ class _Table:
         if result is not None and result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
             reason = result.verdict.value
         elif result is not None:
-            self._move(result.value[0])
+            self._optimiser.step(self._state, result.value[0])
         self._judge(number, clients, result, spread)
         return Played(number, clients, rows, result, reason, self.model, self.suspects.excluded)
 
@@ -193,10 +198,6 @@ class _Table:
         if self._schedule is not None and self._schedule.looks(number):
             spread = dict(zip(clients, self._schedule.score(gram).tolist(), strict=True))
         return combine(rows, self._config.rule, gram, self._config.eps), spread
-
-    def _move(self, mean: Tensor) -> None:
-        self._velocity = self._velocity.mul(self._config.server_momentum).add_(mean)
-        self.model = self.model.add(self._velocity, alpha=self._config.server_lr)
 
     def _judge(
         self,

@@ -115,7 +115,7 @@ def played(config: RunConfig) -> list[Played]:
 
 
 def test_the_mean_of_honest_clients_is_federated_averaging() -> None:
-    config = run(rule="mean", server_lr=0.5, server_momentum=0.9)
+    config = run(rule="mean", optimiser="sgd(0.5, momentum=0.9)")
     dataset, task = load("digits"), config.task
     shared = Shared.of(task, dataset)
     learners = [Learner(task, dataset, i, shared=shared) for i in range(task.clients)]

@@ -189,6 +189,40 @@ class Quantity(Split):
         return parts
 
 
+@dataclass(frozen=True, repr=False)
+class Rare(Split):
+    """The examples of one class belong to the last few clients alone; all others are dealt evenly.
+
+    Where robust rules fail: the holders are honest, and differ from all others as malicious ones would.
+
+    Attributes:
+        holders: how many clients hold the class, at least 1.
+        label: the class.
+    """
+
+    name = "rare"
+
+    holders: int = 2
+    label: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.holders >= 1, "holders must be at least 1")
+        self.require(self.label >= 0, "label must not be negative")
+
+    def assign(self, labels: Labels, clients: int, rng: np.random.Generator) -> list[Indices]:
+        """Deal the class to the last ones, and all others to everybody."""
+        self.require(self.holders <= clients, f"there are {clients} clients and {self.holders} holders")
+        deck = rng.permutation(len(labels))
+        rare = labels[deck] == self.label
+        parts = np.array_split(deck[~rare], clients)
+        held = np.array_split(deck[rare], self.holders)
+        first = clients - self.holders
+        parts[first:] = [np.concatenate(both) for both in zip(parts[first:], held, strict=True)]
+        _fill_empty(parts)
+        return parts
+
+
 def _fill_empty(parts: list[Indices]) -> None:
     sizes = np.array([len(part) for part in parts])
     for poor in np.flatnonzero(sizes == 0):
@@ -203,11 +237,12 @@ CATALOG: dict[str, type[Split]] = {
     "similarity": Similarity,
     "shards": Shards,
     "quantity": Quantity,
+    "rare": Rare,
 }
 
 
 def parse_split(text: str) -> Split:
-    """Read `iid`, `dirichlet(0.1)`, `similarity(0.5)`, `shards(2)` or `quantity(0.5)`.
+    """Read `iid`, `dirichlet(0.1)`, `similarity(0.5)`, `shards(2)`, `quantity(0.5)` or `rare(2)`.
 
     >>> parse_split("dirichlet(alpha=0.1)")
     dirichlet(alpha=0.1)

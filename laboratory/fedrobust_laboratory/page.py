@@ -22,7 +22,6 @@ from fedrobust_laboratory.grid import Grid
 
 _SHOWN = (
     ("malicious_weight", "weight of malicious clients", 100.0, "%"),
-    ("honest_lost", "honest clients with less than half a share", 100.0, "%"),
     ("displacement", "displacement", 1.0, ""),
     ("certificate", "certificate", 1.0, ""),
     ("rounds_exceeded", "rounds with the verdict bound exceeded", 100.0, "%"),
@@ -105,6 +104,8 @@ def tables(trials: Sequence[Trial], grid: Grid) -> list[Table]:
     for arena in fields:
         found.append(_cells(arena, "accuracy_last", "Accuracy", _ACCURACY))
         found.append(_cells(arena, "success", "Success of attacks with an aim", _SUCCESS))
+        found.append(_cells(arena, "worst_class", "Accuracy on the worst class", _WORST_CLASS))
+        found.append(_cells(arena, "honest_lost", "Honest clients that hardly count", _LOST))
     found += [_beside(arena) for arena in fields]
     found += [_published(trials, grid), _refused(trials)]
     return [table for table in found if table.rows]
@@ -114,6 +115,12 @@ _ACCURACY = (
     "Test accuracy in percent over the last five rounds: mean and standard deviation over the seeds."
 )
 _SUCCESS = "Percent of the attack's images that the last model gives the label that the attack wants."
+
+_WORST_CLASS = "Percent of the test examples of the class on which the last model does worst."
+_LOST = (
+    "Percent of the honest clients with less than half an equal share of the weight; mean over the "
+    "rounds. A rule that gives no weights has no row."
+)
 
 
 def worst_cases(fields: Sequence[Arena], rules: Sequence[str]) -> Table:
@@ -139,7 +146,7 @@ def _cells(arena: Arena, figure: str, title: str, caption: str) -> Table:
     rows = [
         [f"`{rule}`", *(_figure(cells[rule][attack]) for attack in attacks)]
         for rule in ranked([arena])
-        if attacks
+        if any(cells[rule][attack].count for attack in attacks)
     ]
     return Table(_titled(title, arena), caption, ["rule", *attacks], rows)
 

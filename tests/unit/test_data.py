@@ -16,6 +16,7 @@ from fedrobust.data import (
     IID,
     Dirichlet,
     Quantity,
+    Rare,
     Shards,
     Similarity,
     Split,
@@ -229,6 +230,7 @@ splits = st.one_of(
     st.just(IID()),
     st.sampled_from([1e-300, 1e-3, 0.1, 0.5, 10.0, 1e6]).map(Dirichlet),
     st.sampled_from([1e-300, 1e-3, 0.1, 0.5, 10.0, 1e6]).map(Quantity),
+    st.just(Rare(1, 0)),
     st.floats(0, 1).map(Similarity),
     st.integers(1, 5).map(Shards),
 )
@@ -291,6 +293,17 @@ def test_two_shards_are_two_classes_at_most() -> None:
     assert {len(part) for part in parts} == {200}
 
 
+def test_a_rare_class_is_held_by_the_last_clients_alone() -> None:
+    parts = Rare(2, label=3)(LABELS, 10, np.random.default_rng(0))
+    held = [int((LABELS[part] == 3).sum()) for part in parts]
+    assert held[:8] == [0] * 8
+    assert abs(held[8] - held[9]) <= 1
+    others = [len(part) - count for part, count in zip(parts, held, strict=True)]
+    assert max(others) - min(others) <= 1
+    with pytest.raises(InputError, match="there are 10 clients and 11 holders"):
+        Rare(11)(LABELS, 10, np.random.default_rng(0))
+
+
 def test_quantity_leaves_the_mixture_alone() -> None:
     parts = Quantity()(LABELS, 10, np.random.default_rng(0))
     sizes = [len(part) for part in parts]
@@ -313,7 +326,16 @@ def test_bad_alpha(alpha: float) -> None:
 
 @pytest.mark.parametrize(
     "split",
-    [IID(), Dirichlet(), Dirichlet(0.1), Similarity(0.25), Shards(), Shards(3), Quantity(2.0)],
+    [
+        IID(),
+        Dirichlet(),
+        Dirichlet(0.1),
+        Similarity(0.25),
+        Shards(),
+        Shards(3),
+        Quantity(2.0),
+        Rare(3, 1),
+    ],
     ids=repr,
 )
 def test_split_text(split: Split) -> None:
@@ -325,6 +347,6 @@ def test_bad_split_text_lists_the_choices() -> None:
         parse_split("dirichlett(0.1)")
     with pytest.raises(InputError, match="alpha"):
         parse_split("dirichlet(beta=1)")
-    for text in ("similarity(1.5)", "shards(0)", "quantity(0.0)"):
+    for text in ("similarity(1.5)", "shards(0)", "quantity(0.0)", "rare(0)", "rare(2, -1)"):
         with pytest.raises(InputError, match="must be"):
             parse_split(text)

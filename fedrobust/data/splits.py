@@ -208,7 +208,7 @@ class Rare(Split):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.holders >= 1, "holders must be at least 1")
-        self.require(self.label >= 0, "label must not be negative")
+        self.require(self.label >= 0, "label must be at least 0")
 
     def assign(self, labels: Labels, clients: int, rng: np.random.Generator) -> list[Indices]:
         """Deal the class to the last ones, and all others to everybody."""

@@ -234,12 +234,12 @@ def heat_map(arena: Arena) -> Figure:
         facecolor="white",
     )
     axes = figure.add_subplot()
-    low = float(np.nanmin(values, initial=100.0))
-    axes.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=100.0, aspect="auto")
+    low, high = float(np.nanmin(values, initial=100.0)), float(np.nanmax(values, initial=0.0))
+    axes.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, aspect="auto")
     axes.set_facecolor(drawing.GREY)
     axes.axvline(len(arena.attacks) - 0.5, color="white", linewidth=4)
     for (row, column), value in np.ndenumerate(values):
-        shade = "white" if not value > (low + 100.0) / 2 else drawing.INK
+        shade = "white" if not value > (low + high) / 2 else drawing.INK
         text = f"{value:.1f}" if np.isfinite(value) else _NONE
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=shade)
     axes.set_xticks(

@@ -1,0 +1,7 @@
+"""`python -m fedrobust.cli`."""
+
+import sys
+
+from fedrobust.cli import main
+
+sys.exit(main())

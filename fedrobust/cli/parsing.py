@@ -1,0 +1,87 @@
+"""What all commands share: how they are added, how they tell of progress, and of what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from fedrobust.errors import InputError
+from fedrobust.text import printable
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what `main` tells as any other bad input."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def command(
+    commands: Any,  # noqa: ANN401 (argparse keeps this type to itself)
+    name: str,
+    help_text: str,
+    example: str,
+    run: Callable[[argparse.Namespace], int] | None,
+) -> argparse.ArgumentParser:
+    """Add a command; without `run` it is a group of commands, and has no options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if run is None:
+        return parser
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print JSON lines for programs")
+    return parser
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The `Attributes:` of a Google-style docstring."""
+    docs: dict[str, str] = {}
+    last = ""
+    for line in (cls.__doc__ or "").partition("Attributes:")[2].splitlines():
+        name, colon, text = line.strip().partition(": ")
+        if colon and name.isidentifier() and len(line) - len(line.lstrip()) == 8:
+            docs[name], last = text.rstrip("."), name
+        elif last and line.strip():
+            docs[last] = f"{docs[last]} {line.strip().rstrip('.')}"
+    return docs
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal, where rich is installed; told what is done next."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    except ImportError:  # the bare library
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("", total=total)
+        begun = False
+
+        def watch(name: str) -> None:
+            nonlocal begun
+            progress.update(bar, description=name.replace("[", "\\["), advance=int(begun))
+            begun = True
+
+        yield watch
+
+
+def complain(message: str, code: int) -> int:
+    """Say what is wrong, in one line; gives the exit code back."""
+    print(f"fedrobust: {printable(' '.join(message.split()), 2000)}", file=sys.stderr)  # noqa: T201
+    return code

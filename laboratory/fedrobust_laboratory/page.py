@@ -71,6 +71,9 @@ def write(trials: Sequence[Trial], grid: Grid, folder: Path, command: str) -> Pa
         (folder / "plots" / f"arena-{number}.png").write_bytes(drawing.to_png(figure))
         what = f"Accuracy of each rule under each attack: {arena.label or grid.title}"
         pictures.append({"label": arena.label, "svg": embedded(figure, f"arena{number}", what)})
+    figure = worst_figure(fields)
+    (folder / "plots" / "worst.png").write_bytes(drawing.to_png(figure))
+    worst = embedded(figure, "worst", "Accuracy of each rule under its worst attack")
     seconds = sum(trial.seconds for trial in trials)
     close = f"{len(trials)} runs, {seconds:.0f} s of one core in all; made by `{command}`."
     parts = [f"# {grid.title}", close, *map(str, shown)]
@@ -90,6 +93,7 @@ def write(trials: Sequence[Trial], grid: Grid, folder: Path, command: str) -> Pa
         seconds=round(seconds),
         tables=shown,
         pictures=pictures,
+        worst=worst,
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -213,6 +217,44 @@ def _figure(cell: Summary) -> str:
     if not cell.count:
         return _NONE
     return f"{cell.mean:.1f}" + (f" ± {cell.spread:.1f}" if cell.count > 1 else "")
+
+
+def worst_figure(fields: Sequence[Arena]) -> Figure:
+    """Accuracy that its worst attack leaves each rule, with the spread over seeds; the best on top."""
+    rules = ranked(fields)
+    figure = Figure(
+        figsize=(drawing.WIDTH, 1.9 + 0.3 * len(rules) + 0.2 * len(fields)),
+        layout=ConstrainedLayoutEngine(w_pad=0.1),
+        facecolor="white",
+    )
+    axes = figure.add_subplot()
+    keys = []
+    for number, arena in enumerate(fields):
+        style = drawing.STYLES[number % len(drawing.STYLES)]
+        found = [(place, arena.worst().get(rule)) for place, rule in enumerate(rules)]
+        known = [(place, cell[1]) for place, cell in found if cell is not None]
+        points, *_ = axes.errorbar(
+            [cell.mean for _, cell in known],
+            [place for place, _ in known],
+            xerr=[cell.spread for _, cell in known],
+            fmt=style.marker,
+            color=style.colour,
+            alpha=0.85,
+            capsize=3,
+        )
+        points.set_label(drawing.plain(arena.label or "all runs", 60))
+        keys.append(points)
+    axes.set_yticks(range(len(rules)), [drawing.plain(rule, 44) for rule in rules])
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    axes.set_ylim(len(rules) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("test accuracy in percent under the worst attack", color=drawing.INK)
+    axes.tick_params(labelsize=9, colors=drawing.INK)
+    axes.grid(color=drawing.RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawing.finish(figure, keys)
 
 
 def heat_map(arena: Arena) -> Figure:

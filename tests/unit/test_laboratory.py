@@ -252,7 +252,8 @@ def test_a_report_shows_what_was_published(tmp_path: Path) -> None:
     assert "| nnm \\| filter, ipm | 91.0 ± 0.5 | 50.0 | 1 |" in text
     assert "| `mean` | too few | 1 |" in text
     assert "| `nnm \\| filter` | **50.0** ipm |" in text
-    assert (tmp_path / "plots" / "arena-1.png").stat().st_size > 1000
+    for name in ("worst", "arena-1"):
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 1000
 
 
 def test_every_run_is_a_row(tmp_path: Path) -> None:

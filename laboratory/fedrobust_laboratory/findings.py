@@ -7,6 +7,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedrobust_server.schedule import NONE
+
 from fedrobust.trials import Summary, Trial, summary
 from fedrobust_laboratory.grid import AXES
 
@@ -98,7 +100,7 @@ def _value(trial: Trial, key: str) -> Any:  # noqa: ANN401 (any value of a confi
 
 def _named(key: str, value: object) -> str:
     """A value that says by itself what it is goes without its key's name."""
-    return str(value) if isinstance(value, str) else f"{key} {value}"
+    return value if isinstance(value, str) and value != NONE else f"{key} {value}"
 
 
 def _distinct(trials: Sequence[Trial], key: str) -> tuple[str, ...]:

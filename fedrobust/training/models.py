@@ -33,11 +33,23 @@ class Model(Textual, ABC):
             InputError: the images are too small for this architecture.
         """
         with seeded(seed):
-            return self.build(shape, classes)
+            module = self.build(shape, classes)
+        if is_plain(module):  # others' own layers may ask for views that there are not in this format
+            # Takes 8 to 36 % off training on a CPU; microseconds an example, batches of 32, one thread:
+            # cnn(16) on MNIST 214 -> 143, on CIFAR-10 306 -> 196, resnet(20) there 3358 -> 2932; of the
+            # published ones byzfl_cnn 362 -> 243, f2ed_cnn 507 -> 368, bucketing_cnn 1132 -> 1046.
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module
 
     @abstractmethod
     def build(self, shape: Shape, classes: int) -> nn.Module:
         """As `__call__`, initialised from torch's global generator."""
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether all layers are torch's or ours: they can be copied, and take every memory format."""
+    known = "torch.nn.", "fedrobust."
+    return all(type(part).__module__.startswith(known) for part in module.modules())
 
 
 @dataclass(frozen=True, repr=False)

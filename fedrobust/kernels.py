@@ -374,11 +374,11 @@ def _stretches(block: Block, work: Callable[[slice], T]) -> list[T]:
     # Edges at whole cache lines: no two threads write to the same one.
     edges = [*(block.width * i // threads // 64 * 64 for i in range(threads)), block.width]
     stretches = [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
-    return list(_workers(threads).map(work, stretches))
+    return list(workers(threads).map(work, stretches))
 
 
 @lru_cache(maxsize=1)
-def _workers(threads: int) -> ThreadPoolExecutor:
+def workers(threads: int) -> ThreadPoolExecutor:
     """Threads that flush subnormal numbers to zero and do not start further threads."""
 
     def prepare() -> None:
@@ -396,7 +396,7 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_workers.cache_clear)
+os.register_at_fork(after_in_child=workers.cache_clear)
 
 
 _PRECISION = threading.Lock()

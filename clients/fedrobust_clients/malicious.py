@@ -40,6 +40,7 @@ class Coalition:
         *,
         rule: Aggregator | None = None,
         eps: float | None = None,
+        shared: Shared | None = None,
     ) -> None:
         """Gather a coalition.
 
@@ -50,13 +51,14 @@ class Coalition:
             attack: what they do.
             rule: how the server aggregates, if they know.
             eps: the malicious fraction that the server assumes, if they know.
+            shared: what other learners of this process have built already.
 
         Raises:
             InputError: not at least one malicious and one honest client.
         """
         self._task, self._dataset, self._attack = task, dataset, attack
         self._malicious, self._rule, self._eps = malicious, rule, eps
-        self._shared = Shared.of(task, dataset)
+        self._shared = shared or Shared.of(task, dataset)
         self._learners: dict[tuple[range, Poison | None], list[Learner]] = {}
         self._last: tuple[int, Tensor] | None = None
         self._own: deque[Callable[[], Tensor]] = deque(maxlen=attack.memory)
@@ -127,11 +129,11 @@ class Threat:
     rule: str | None = None
     eps: float | None = None
 
-    def coalition(self, task: Task, dataset: Dataset) -> Coalition:
+    def coalition(self, task: Task, dataset: Dataset, shared: Shared | None = None) -> Coalition:
         """The malicious clients of a task, as one. Raises as `Coalition` and the parsers."""
         rule = None if self.rule is None else parse_rule(self.rule)
         attack = parse_attack(self.attack)
-        return Coalition(task, dataset, self.malicious, attack, rule=rule, eps=self.eps)
+        return Coalition(task, dataset, self.malicious, attack, rule=rule, eps=self.eps, shared=shared)
 
 
 @dataclass(frozen=True)

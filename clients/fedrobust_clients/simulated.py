@@ -37,7 +37,7 @@ class Crew:
         }
         rogues = [i for i in members if i < threat.malicious]
         if rogues:
-            coalition = threat.coalition(task, dataset)
+            coalition = threat.coalition(task, dataset, shared)
             for i in rogues:
                 honest = Honest(Learner(task, dataset, i, shared=shared))
                 self._members[i] = Malicious(honest, coalition, i)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -82,9 +82,10 @@ class Learner:
     Attributes:
         task: what is trained.
         module: the workbench, with whatever parameters the last work left in it.
-        x: the local images.
+        x: images, the local ones among them.
         y: their labels.
-        examples: how many there are.
+        mine: (examples,) int64, which of them are local.
+        examples: how many those are.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class Learner:
 
         Args:
             task: what is trained.
-            dataset: all the data, of which only this client's part is kept.
+            dataset: all the data. Alone, a learner keeps its own part of it only; learners that share
+                something share the whole as well, and copy nothing.
             client: which client this is, 0 .. task.clients - 1.
             poison: applied once, here, to the local images and labels.
             shared: built by `Shared.of(task, dataset)`; worth giving to many learners.
@@ -110,11 +112,14 @@ class Learner:
         """
         if not 0 <= client < task.clients:
             raise InputError(f"there is no client {client}; the task has 0 .. {task.clients - 1}")
-        shared = shared or Shared.of(task, dataset)
-        local = torch.from_numpy(shared.parts[client])
-        x, y = dataset.train_x[local], dataset.train_y[local]
-        self.x, self.y = poison(x, y) if poison else (x, y)
-        if not 0 < len(self.x) == len(self.y):
+        alone, shared = shared is None, shared or Shared.of(task, dataset)
+        self.x, self.y = dataset.train_x, dataset.train_y
+        self.mine = torch.from_numpy(shared.parts[client])
+        if poison or alone:
+            x, y = self.x[self.mine], self.y[self.mine]
+            self.x, self.y = poison(x, y) if poison else (x, y)
+            self.mine = torch.arange(len(self.x))
+        if not (len(self.mine) and len(self.x) == len(self.y)):
             raise InputError(
                 f"the poison left client {client} with {len(self.x)} images and {len(self.y)} "
                 "labels; they must be as many, and at least one"
@@ -123,13 +128,15 @@ class Learner:
         self._client = client
         self.module = shared.module
         self._sent: Tensor | None = None
-        self.examples = len(self.x)
+        self.examples = len(self.mine)
 
     def update(
         self,
         round: int,  # noqa: A002 (the field's word for it)
         model: Tensor,
         leash: Leash = FREE,
+        *,
+        module: nn.Module | None = None,
     ) -> Tensor:
         """Train from the broadcast model and return what this client honestly sends.
 
@@ -156,6 +163,7 @@ class Learner:
             round: the number of the round, from 0.
             model: (d,) float32, the broadcast parameters; left as it is.
             leash: none for honest training.
+            module: a copy of the learner's own to work with, so that several can work at a time.
 
         Returns:
             (d,) float32.
@@ -163,13 +171,14 @@ class Learner:
         Raises:
             InputError: the vector's length is not the model's.
         """
-        load_vector(self.module, model)
-        self.module.train()
-        parameters = list(self.module.parameters())
-        origins = split_vector(model, manifest(self.module)).values()
+        module = module or self.module
+        load_vector(module, model)
+        module.train()
+        parameters = list(module.parameters())
+        origins = split_vector(model, manifest(module)).values()
         with self._draws(round):
             for rows in self.batches(round):
-                loss = leash.alpha * cross_entropy(self.module(self.x[rows]), self.y[rows])
+                loss = leash.alpha * cross_entropy(module(self.x[rows]), self.y[rows])
                 if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
                     distance = torch.linalg.vector_norm(parameters_to_vector(parameters) - model)
                     loss = loss + (1 - leash.alpha) * distance
@@ -178,8 +187,8 @@ class Learner:
                     for parameter, gradient, origin in zip(parameters, gradients, origins, strict=True):
                         descend(self.task, parameter, gradient, origin)
                 if leash.radius < math.inf:
-                    self._project(model, leash.radius)
-        return self.with_momentum(to_vector(self.module).sub_(model))
+                    _project(module, model, leash.radius)
+        return self.with_momentum(to_vector(module).sub_(model))
 
     def _draws(self, round: int) -> AbstractContextManager[None]:  # noqa: A002
         """What a module may draw from torch's global generator; our own models draw nothing."""
@@ -193,29 +202,33 @@ class Learner:
         key = self.task.entropy(stream, self._client, round)
         return int(key.generate_state(1, np.uint64)[0])
 
-    def _project(self, model: Tensor, radius: float) -> None:
-        delta = to_vector(self.module).sub_(model)
-        length = float(torch.linalg.vector_norm(delta))
-        if length > radius:
-            load_vector(self.module, model + (radius / length) * delta)
-
-    def batches(self, round: int) -> Sequence[slice | Tensor]:  # noqa: A002
-        """Which examples each of a round's steps is on."""
+    def batches(self, round: int) -> Tensor:  # noqa: A002
+        """(steps, size) int64: which of the images each of a round's steps is on."""
         steps, batch = self.task.steps, self.task.batch
         if batch == 0 or batch >= self.examples:
-            return [slice(None)] * steps
+            return self.mine.expand(steps, -1)
         generator = torch.Generator().manual_seed(self._seed(BATCHES, round))
         passes = -(-steps * batch // self.examples)
         order = [torch.randperm(self.examples, generator=generator) for _ in range(passes)]
-        return torch.cat(order)[: steps * batch].view(steps, batch).unbind()
+        return self.mine[torch.cat(order)[: steps * batch]].view(steps, batch)
 
     def with_momentum(self, delta: Tensor) -> Tensor:
-        """What is sent after this round's training, (d,)."""
-        momentum = self.task.momentum
-        if momentum == 0:
+        """What is sent after this round's training, (d,), in the place of how far that got."""
+        if self.task.momentum == 0:
             return delta
-        self._sent = delta if self._sent is None else torch.lerp(delta, self._sent, momentum)
-        return self._sent.clone()
+        if self._sent is None:
+            self._sent = delta.clone()
+        else:
+            self._sent.copy_(delta.lerp_(self._sent, self.task.momentum))
+        return delta
+
+
+def _project(module: nn.Module, model: Tensor, radius: float) -> None:
+    """Pull a module's parameters back into the ball around the model."""
+    delta = to_vector(module).sub_(model)
+    length = float(torch.linalg.vector_norm(delta))
+    if length > radius:
+        load_vector(module, model + (radius / length) * delta)
 
 
 def descend(task: Task, parameter: Tensor, gradient: Tensor, origin: Tensor) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from fedrobust_clients.malicious import Coalition, Threat
 from fedrobust_proto.v1.federation_pb2 import Status
 from fedrobust_server import quarantine
@@ -27,7 +26,7 @@ from torch import Tensor
 from fedrobust import Aggregated, InputError, Verdict, kernels, parse_rule
 from fedrobust.aggregate import LocalRows, combine, gram_of
 from fedrobust.data import Dataset
-from fedrobust.kernels import Block
+from fedrobust.kernels import Block, Vector
 from fedrobust.optimisers import parse_optimiser
 from fedrobust.rules import CoordinateWise
 from fedrobust.training import Learner, Shared, client_name, to_vector, updates
@@ -113,7 +112,7 @@ class Cast:
         task, f = config.task, config.malicious
         honest = {i: Learner(task, dataset, i, shared=shared) for i in range(f, task.clients)}
         threat = Threat(f, config.attack, config.rule, config.eps)
-        return cls(honest, threat.coalition(task, dataset) if f else None)
+        return cls(honest, threat.coalition(task, dataset, shared) if f else None)
 
     def work(self, number: int, clients: Sequence[str], model: Tensor) -> Tensor:
         """(k, d) float32: what these clients send in a round, a row a client.
@@ -125,12 +124,15 @@ class Cast:
         """
         chosen = [int(name.rpartition("-")[2]) for name in clients]
         learners = [self.honest[i] for i in chosen if i in self.honest]
-        honest = updates(learners, number, model) if learners else torch.empty(0, len(model))
         rogues = chosen[: len(chosen) - len(learners)]
-        if not rogues or self.coalition is None:
-            return honest
-        seen = honest if len(learners) == len(self.honest) else None
-        return torch.cat([self.coalition.rows(number, model, seen)[rogues], honest])
+        rows = model.new_empty(len(chosen), len(model))
+        honest = rows[len(rogues) :]
+        if learners:
+            updates(learners, number, model, out=honest)
+        if rogues and self.coalition is not None:
+            seen = honest if len(learners) == len(self.honest) else None
+            rows[: len(rogues)] = self.coalition.rows(number, model, seen)[rogues]
+        return rows
 
 
 class _Table:
@@ -147,7 +149,7 @@ class _Table:
         self._policy, self._schedule = parse_policy(config.quarantine), parse_schedule(config.schedule)
         self._weighs = not isinstance(parse_rule(config.rule).rules[0], CoordinateWise)
         self._clients: Sequence[str] = ()
-        self._rows = model.new_empty(0, len(model))
+        self._rows, self._squares = model.new_empty(0, len(model)), np.empty(0)
         self.faults: dict[str, machine.Fault] = {}
         self.suspects = quarantine.State()
 
@@ -159,17 +161,17 @@ class _Table:
     def take(self, clients: Sequence[str], rows: Tensor) -> None:
         """A round's updates, of which some may be of no use."""
         self._clients, self._rows = clients, rows
-        squares = kernels.squared_norms(Block(rows)).tolist()
-        unsound = [c for c, square in zip(clients, squares, strict=True) if not math.isfinite(square)]
+        self._squares = kernels.squared_norms(Block(rows))
+        unsound = [c for c, s in zip(clients, self._squares, strict=True) if not math.isfinite(s)]
         self.faults = dict.fromkeys(unsound, _NON_FINITE)
 
     def settle(self, number: int, clients: tuple[str, ...], reason: str = "") -> Played:
         """The end of a round: combine these clients' updates; none if there is a reason not to."""
         result, spread, rows = None, dict[str, float](), self._rows[:0]
         if clients:
-            rows = self._of(clients)
+            rows, squares = self._of(clients)
             try:
-                result, spread = self._combine(number, clients, rows)
+                result, spread = self._combine(number, clients, rows, squares)
             except InputError as error:  # too few clients for the rule: the round's fault
                 reason = str(error)
         if result is not None and result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
@@ -179,19 +181,22 @@ class _Table:
         self._judge(number, clients, result, spread)
         return Played(number, clients, rows, result, reason, self.model, self.suspects.excluded)
 
-    def _of(self, clients: Sequence[str]) -> Tensor:
+    def _of(self, clients: Sequence[str]) -> tuple[Tensor, Vector]:
+        """Their updates and the squares of those."""
         if len(clients) == len(self._clients):
-            return self._rows
+            return self._rows, self._squares
         place = {client: i for i, client in enumerate(self._clients)}
-        return self._rows[[place[client] for client in clients]]
+        chosen = [place[client] for client in clients]
+        return self._rows[chosen], self._squares[chosen]
 
     def _combine(
-        self, number: int, clients: Sequence[str], updates: Tensor
+        self, number: int, clients: Sequence[str], updates: Tensor, squares: Vector
     ) -> tuple[Aggregated, dict[str, float]]:
         """The robust mean, and how far updates stand out where the schedule looks at that."""
         rows = LocalRows((Block(updates),))
         matrix = rows.sum(kernels.gram) if self._weighs else None
-        squares = rows.sum(kernels.squared_norms) if matrix is None else np.diag(matrix).copy()
+        if matrix is not None:
+            squares = np.diag(matrix).copy()
         gram = gram_of(rows, np.ones(len(clients)), squares, number, matrix=matrix)
         gram = replace(gram, width=rows.width)
         spread: dict[str, float] = {}

@@ -282,6 +282,36 @@ def test_together_clients_come_to_the_same_updates(
     )
 
 
+@pytest.mark.parametrize("model", ["mlp(7)", "cnn(2)"])
+def test_several_threads_come_to_the_same_updates(
+    digits: Dataset, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cohort, "_ELEMENTS", 1 << 12)
+    task = Task(model=model, clients=7, steps=2, batch=8, momentum=0.5)
+    shared = Shared.of(task, digits)
+    start = to_vector(shared.module)
+    one, many = ([Learner(task, digits, i, shared=shared) for i in range(7)] for _ in range(2))
+    room = torch.empty(7, len(start))
+    for number in range(3):
+        expected = updates(one, number, start)
+        torch.set_num_threads(3)
+        try:
+            found = updates(many, number, start, out=room)
+        finally:
+            torch.set_num_threads(1)
+        assert found is room
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_learners_that_share_copy_no_images(digits: Dataset) -> None:
+    task = Task(clients=5)
+    together = Learner(task, digits, 3, shared=Shared.of(task, digits))
+    alone = Learner(task, digits, 3)
+    assert together.x.data_ptr() == digits.train_x.data_ptr()
+    assert len(alone.x) == alone.examples == together.examples
+    assert torch.equal(together.x[together.mine], alone.x[alone.mine])
+
+
 def test_update_does_not_depend_on_who_else_works(digits: Dataset) -> None:
     task = Task(model="cnn(2)", clients=5, split="dirichlet(0.5)", steps=3, batch=8)
     model = to_vector(task.build_model(digits))

@@ -253,14 +253,15 @@ class Evaluation:
     loss: float
 
 
-def evaluate(module: nn.Module, x: Tensor, y: Tensor, batch: int = 1024) -> Evaluation:
+def evaluate(module: nn.Module, x: Tensor, y: Tensor, batch: int = 256) -> Evaluation:
     """Judge a model, in evaluation mode, `batch` examples at a time.
 
     Args:
         module: maps images to logits; its mode is restored.
         x: (n, channels, height, width) float32.
         y: (n,) int64.
-        batch: bounds the memory needed, not the result.
+        batch: bounds the memory needed, not the result. On a CPU 128 to 256 images are fastest: 1024
+            leave its cache, and cnn(16) and resnet(20) take half as long again.
 
     Raises:
         InputError: there are no examples, or not one label per image.

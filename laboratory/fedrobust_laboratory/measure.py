@@ -77,7 +77,7 @@ def measure(config: RunConfig, dataset: Dataset, evaluations: int) -> dict[str, 
     return figures
 
 
-def predictions(module: nn.Module, x: Tensor, batch: int = 1024) -> Tensor:
+def predictions(module: nn.Module, x: Tensor, batch: int = 256) -> Tensor:
     """(n,) int64: the class that a model finds likeliest for each of n images."""
     module.eval()
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -56,7 +57,7 @@ def updates(
     layers = _layers(module)
     if leash == FREE and _is_dense(layers):
         each = len(model) + _largest_batch(learners) * learners[0].x[0].numel()
-        count = max(1, _ELEMENTS // each)
+        count = max(1, min(_ELEMENTS // each, -(-len(learners) // threads)))
         parts = [slice(i, i + count) for i in range(0, len(learners), count)]
 
         def together(part: slice) -> None:
@@ -147,15 +148,17 @@ def _batches(
     images = x.new_empty(len(learners), size, *x.shape[1:])
     labels = y.new_empty(len(learners), size)
     shares = x.new_zeros(len(learners), size)
-    plans = []
+    plans = list[Tensor]()
     for learner, share in zip(learners, shares, strict=True):
         plan = learner.batches(round)
         share[: plan.shape[1]] = 1 / plan.shape[1]
         plans.append(torch.cat([plan, plan[:, :1].expand(-1, size - plan.shape[1])], dim=1))
-    for step in range(learners[0].task.steps):
-        for learner, plan, image, label in zip(learners, plans, images, labels, strict=True):
-            torch.index_select(learner.x, 0, plan[step], out=image)
-            torch.index_select(learner.y, 0, plan[step], out=label)
+    groups = [list(group) for _, group in groupby(range(len(learners)), lambda i: id(learners[i].x))]
+    for rows in torch.stack(plans, dim=1):
+        for group in groups:  # whose images are in the same tensor
+            own, span = learners[group[0]], slice(group[0], group[-1] + 1)
+            torch.index_select(own.x, 0, rows[span].flatten(), out=images[span].flatten(0, 1))
+            torch.index_select(own.y, 0, rows[span].flatten(), out=labels[span].flatten())
         yield images, labels, shares
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import page, statistics, superlink, targets
+from benchmarks import contestants, page, simulations, statistics, superlink, targets
 from benchmarks.cases import Case, cases, ours
 from benchmarks.measure import Sample, sample
 from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
@@ -106,3 +106,37 @@ def test_estimators_are_timed_beside_plain_ones(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + sum(case.name.startswith("mean/") for case in statistics.CASES)
     assert all(line.count("|") == 7 for line in lines)
+
+
+def test_simulated_rounds_are_told_as_multiples(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = simulations.settings(3, quick=True)["dense"]
+    found = {
+        "floor": contestants.Times([0.1, 0.1]),
+        "play": contestants.Times([0.2, 0.1, 0.3], {"training": 0.15}, 5e6, torch.zeros(3)),
+        "simulate": contestants.Times([0.4, 0.4]),
+        "Flower": contestants.Times([6.0, 6.0], model=torch.ones(3)),
+    }
+    text = simulations.report(setting, found)
+    assert "play     200 ms a round (100 to 300); training 150; 5 MB at the peak" in text
+    assert "play is 2.00 times the floor, at most 3 are asked: met" in text
+    assert "simulate is 4.00 times the floor, at most 3 are asked: not met" in text
+    assert "play is 30.00 times as fast as Flower, at least 20 are asked: met" in text
+    assert "differ by at most 1.0e+00" in text
+    del found["Flower"]
+    monkeypatch.setattr(simulations, "installed", lambda _: None)
+    assert "Flower is not installed; the peers come with" in simulations.report(setting, found)
+
+
+def test_simulated_rounds_are_run_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quick", "--only", "dense", "many", "--contestants", "floor", "play", "--threads", "1"]
+    simulations.main(options)
+    about, *dense = capsys.readouterr().out.splitlines()
+    assert about.startswith("1 x 2 rounds, 1 threads")
+    assert [line.split()[0] for line in dense if line[0] == " "] == ["floor", "play", "play"] * 2
+    assert all("MB at the peak" in line for line in dense[5:7])
+
+
+def test_the_run_beside_byzfl_has_its_honest_clients() -> None:
+    config = simulations.settings(3, quick=False)["byzfl"].config
+    assert (config.task.clients, config.malicious, config.task.outsiders) == (60, 10, 10)
+    assert config.eps * config.task.clients == pytest.approx(config.malicious)

@@ -20,7 +20,8 @@ class DnC(Weighting):
         the mean of the rows without the floor(c f) of largest s_i
 
     It always drops c f rows, honest ones where nobody is malicious, and it looks once: f rows that
-    are far out in different directions need not all be seen (`filter` looks again).
+    are far out in different directions need not all be seen, and a large row hides a smaller one of the
+    same side (`filter` looks again).
 
     Guarantee: the paper bounds what is left along v for c >= 1; none on the distance here, since one
     look is not enough. Needs n > 2 f. Breakdown point: 1 / (1 + c) by count, far less against rows in

@@ -117,16 +117,18 @@ def floor(config: RunConfig, data_dir: Path | None, threads: int, watched: bool)
         parts = [batches[k::threads] for k in range(threads)]
         list(kernels.workers(threads).map(gradients, modules, parts))
 
-    ways = [
-        partial(way, list(zip(x.split(size), y.split(size), strict=True)))
-        for size in _BATCHES
-        if size * threads <= count or size == _BATCHES[0]
-        for way in ((together, apart) if threads > 1 else (together,))
-    ]
+    def pace(way: Callable[[Any], None], size: int) -> float:
+        """Seconds an example, on a few of the batches."""
+        some = min(count, max(4 * threads * size, count // 20))
+        batches = list(zip(x[:some].split(size), y[:some].split(size), strict=True))
+        return min(_seconds(partial(way, batches)) for _ in range(3)) / some
+
+    sizes = [size for size in _BATCHES if size * threads <= count] or [count]
+    ways = [(way, size) for way in ((together, apart) if threads > 1 else (together,)) for size in sizes]
     with _watch(watched) as peak:
-        tried = {way: min(_seconds(way) for _ in range(2)) for way in ways}
-        best = min(tried, key=lambda way: tried[way])
-        seconds = [_seconds(best) for _ in range(config.rounds - 1)]
+        way, size = min(ways, key=lambda each: pace(*each))
+        batches = list(zip(x.split(size), y.split(size), strict=True))
+        seconds = [_seconds(partial(way, batches)) for _ in range(config.rounds - 1)]
     return Times(seconds, peak=max(peak))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedrobust_server.schedule import NONE
 
@@ -61,11 +60,11 @@ class Arena:
 
 def arenas(trials: Sequence[Trial]) -> list[Arena]:
     """Sort runs into arenas, in the order in which they first come."""
-    varied = [key for key in _keys(trials) if len({_value(t, key) for t in trials}) > 1]
+    varied = [key for key in _keys(trials) if len({t.setting.get(key) for t in trials}) > 1]
     telling = [key for key in varied if key not in ("rule", "attack", "seed", "malicious", "outsiders")]
     found: dict[tuple[Hashable, ...], list[Trial]] = {}
     for trial in trials:
-        found.setdefault(tuple(_value(trial, key) for key in telling), []).append(trial)
+        found.setdefault(tuple(trial.setting.get(key) for key in telling), []).append(trial)
     return [
         Arena(
             ", ".join(_named(key, value) for key, value in zip(telling, values, strict=True)),
@@ -92,10 +91,6 @@ def ranked(arenas: Sequence[Arena]) -> list[str]:
 def _keys(trials: Sequence[Trial]) -> list[str]:
     known = dict.fromkeys(key for trial in trials for key in trial.setting)
     return sorted(known, key=lambda key: AXES.index(key) if key in AXES else len(AXES))
-
-
-def _value(trial: Trial, key: str) -> Any:  # noqa: ANN401 (any value of a configuration)
-    return trial.setting.get(key)
 
 
 def _named(key: str, value: object) -> str:

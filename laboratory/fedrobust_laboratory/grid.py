@@ -47,7 +47,8 @@ class Grid:
             others divide everything, and malicious ones hold samples of it.
         evaluations: how often a run's model is judged on the way, apart from its last five rounds.
         published: accuracies to be shown beside those of runs with the same values, as rows with some
-            of the keys and `accuracy`, and perhaps `spread`, in percent.
+            of the keys and `accuracy`, and perhaps `spread`, in percent. One that names no attack is of
+            the worst of them.
     """
 
     title: str
@@ -61,13 +62,15 @@ class Grid:
         """Build from plain values: `run`, a table or several, and the attributes.
 
         Raises:
-            InputError: an unknown key (the known ones are listed), or an empty list.
+            InputError: an unknown key (the known ones are listed), a value of a wrong kind, or an empty
+                list.
         """
         known = ("title", "run", "insiders", "evaluations", "published")
         for key in values:
             choose(key, known, "key of a grid")
         run = values.get("run", {})
         tables = [_lists(table) for table in (run if isinstance(run, list) else [run])]
+        _check(values)
         rest = {key: value for key, value in values.items() if key != "run"}
         return cls(**{"title": "Attacks and rules", **rest}, tables=tables)
 
@@ -84,16 +87,28 @@ class Grid:
 
     def _setting(self, given: Mapping[str, Any]) -> dict[str, Any]:
         attack = given.get("attack", NO_ATTACK)
-        eps, clients = given.get("eps", RunConfig.eps), given.get("clients", Task.clients)
+        plain = configuration({**given, "attack": NO_ATTACK, "malicious": 0})
         # The relative slack is for products like 0.29 x 100, which is 28.999999999999996.
-        malicious = 0 if attack == NO_ATTACK else given.get("malicious", int(eps * clients * (1 + 1e-9)))
+        assumed = int(plain.eps * plain.task.clients * (1 + 1e-9))
+        malicious = 0 if attack == NO_ATTACK else given.get("malicious", assumed)
         outsiders = 0 if self.insiders else malicious
         chosen = {**given, "attack": attack, "malicious": malicious, "outsiders": outsiders}
         config = configuration(chosen)
         return {**_plain(config.task, _TASK), **_plain(config, _RUN), "attack": attack}
 
 
-def _lists(table: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+def _check(values: Mapping[str, Any]) -> None:
+    for key, kind in (("title", str), ("insiders", bool), ("evaluations", int), ("published", list)):
+        if not isinstance(values.get(key, kind()), kind):
+            raise InputError(f"{key} of a grid must be {kind.__name__}, got {values[key]!r}")
+    for entry in values.get("published", ()):
+        if not isinstance(entry, dict) or not isinstance(entry.get("accuracy"), int | float):
+            raise InputError(f"published must hold tables with an accuracy in percent, got {entry!r}")
+
+
+def _lists(table: Any) -> dict[str, Sequence[Any]]:  # noqa: ANN401 (whatever the file has)
+    if not isinstance(table, dict):
+        raise InputError(f"run of a grid must be a table, or several, got {table!r}")
     for key in table:
         choose(key, KEYS, "key of a run")
     lists: dict[str, Sequence[Any]] = {
@@ -132,15 +147,13 @@ def read_grid(name: str) -> Grid:
     if path.suffix != ".toml":
         choose(name, presets(), "preset")
         text = (_PRESETS / f"{name}.toml").read_text()
-    else:
-        try:
-            text = path.read_text()
-        except OSError as error:
-            raise InputError(f"cannot read the grid {path}: {error.strerror}") from None
-    try:
         return Grid.from_dict(tomllib.loads(text))
+    try:
+        return Grid.from_dict(tomllib.loads(path.read_text()))
+    except OSError as error:
+        raise InputError(f"cannot read the grid {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{name} is not valid TOML: {error}") from None
+        raise InputError(f"{path} is not valid TOML: {error}") from None
 
 
 _PRESETS = files("fedrobust_laboratory") / "presets"

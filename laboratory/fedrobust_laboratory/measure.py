@@ -109,6 +109,8 @@ class _Tally:
         rows = played.rows if not malicious.any() else played.rows[torch.from_numpy(~malicious)]
         centre = rows.mean(dim=0)
         spread = float((rows - centre).square().sum(dim=1).mean().sqrt())
+        if not spread:  # one honest client, or clients that agree: there is no unit to measure in
+            return
         found["displacement"] = float((result.value[0] - centre).norm()) / spread
         if result.certificate is not None:
             bound = result.certificate.bound(result.certificate.spread)

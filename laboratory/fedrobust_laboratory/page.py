@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from fedrobust.trials import Summary, Trial, summary
+from fedrobust.trials import Summary, Trial
 from fedrobust.trials import table as markdown
 from fedrobust_laboratory.findings import Arena, arenas, ranked
 from fedrobust_laboratory.grid import Grid
@@ -177,20 +177,16 @@ def _beside(arena: Arena) -> Table:
 def _published(trials: Sequence[Trial], grid: Grid) -> Table:
     rows = []
     for entry in grid.published:
-        keys = {k: v for k, v in entry.items() if k not in ("accuracy", "spread", "figure")}
-        figure = entry.get("figure", "accuracy_last")
-        ours = [
-            100 * trial.figures[figure]
-            for trial in trials
-            if figure in trial.figures and _matches(trial, keys)
-        ]
-        if ours:
-            theirs = f"{entry['accuracy']:.1f}" + (
-                f" ± {entry['spread']:.1f}" if "spread" in entry else ""
-            )
-            rows.append(
-                [", ".join(map(str, keys.values())), theirs, _figure(summary(ours)), str(len(ours))]
-            )
+        keys = {key: value for key, value in entry.items() if key not in ("accuracy", "spread")}
+        matching = arenas([trial for trial in trials if _matches(trial, keys)])
+        worst = [arena.worst().get(rule) for arena in matching for rule in arena.rules]
+        found = [cell for cell in worst if cell is not None]
+        if found:
+            attack, ours = min(found, key=lambda cell: cell[1].mean)
+            spread = f" ± {entry['spread']:.1f}" if "spread" in entry else ""
+            name = ", ".join(map(str, keys.values()))
+            told = name if "attack" in keys else f"{name}, worst: {attack}"
+            rows.append([told, f"{entry['accuracy']:.1f}{spread}", _figure(ours), str(ours.count)])
     header = ["set-up", "published", "here", "runs"]
     return Table("Beside the published figures", "Accuracy in percent.", header, rows)
 

@@ -68,6 +68,9 @@ def test_outsiders_are_the_malicious_ones() -> None:
         ({"runs": {}}, "unknown key of a grid 'runs'"),
         ({"run": {"rule": []}}, "tries nothing for rule"),
         ({"run": {"shards": 2}}, "unknown key of a run 'shards'"),
+        ({"run": 3}, "run of a grid must be a table, or several, got 3"),
+        ({"evaluations": "5"}, "evaluations of a grid must be int, got '5'"),
+        ({"published": [{"rule": "mean"}]}, "must hold tables with an accuracy"),
     ],
 )
 def test_a_grid_that_cannot_be_is_told(values: dict[str, Any], said: str) -> None:
@@ -78,6 +81,8 @@ def test_a_grid_that_cannot_be_is_told(values: dict[str, Any], said: str) -> Non
 def test_a_bad_value_is_told_before_anything_runs() -> None:
     with pytest.raises(InputError, match="no_such"):
         list(grid(rule=["mean", "no_such"]).settings())
+    with pytest.raises(InputError, match="eps must be"):
+        list(grid(eps="much", attack="ipm").settings())
     with pytest.raises(InputError, match="unknown preset"):
         read_grid("no_such")
     with pytest.raises(InputError, match="cannot read the grid"):
@@ -98,7 +103,7 @@ def test_every_preset_can_be_run(name: str) -> None:
     assert settings
     tried = {json.dumps(value) for s in settings for value in s.values()}
     for entry in found.published:
-        values = {k: v for k, v in entry.items() if k not in ("accuracy", "spread", "figure")}
+        values = {k: v for k, v in entry.items() if k not in ("accuracy", "spread")}
         assert {json.dumps(value) for value in values.values()} <= tried, entry
 
 
@@ -190,6 +195,13 @@ def test_a_certificate_is_no_less_than_the_displacement() -> None:
     assert figures["displacement"] <= figures["certificate"] < np.inf
 
 
+def test_where_honest_clients_do_not_differ_there_is_no_unit() -> None:
+    config = RunConfig(task=Task(model="softmax", clients=2), rule="mean", rounds=1, malicious=1)
+    figures = measure(config, load("digits"), 1)
+    assert "displacement" not in figures
+    assert figures["malicious_weight"] == 0.5
+
+
 def test_the_success_of_a_backdoor_is_measured() -> None:
     attacked = measure(run(rule="mean", attack="backdoor", malicious=2, rounds=8), load("digits"), 1)
     assert attacked["success"] > 0.9
@@ -238,7 +250,10 @@ def test_runs_that_differ_in_more_are_kept_apart() -> None:
 
 
 def test_a_report_shows_what_was_published(tmp_path: Path) -> None:
-    published = [{"rule": "nnm | filter", "attack": "ipm", "accuracy": 91.0, "spread": 0.5}]
+    published = [
+        {"rule": "nnm | filter", "attack": "none", "accuracy": 91.0, "spread": 0.5},
+        {"rule": "nnm | filter", "accuracy": 48.0},
+    ]
     asked = Grid("A <title>", published=published)
     trials = [
         trial("nnm | filter", "ipm", accuracy_last=0.5, success=0.25, malicious_weight=0.1),
@@ -249,7 +264,8 @@ def test_a_report_shows_what_was_published(tmp_path: Path) -> None:
     html, text = path.read_text(), (tmp_path / "tables.md").read_text()
     assert "A &lt;title&gt;" in html
     assert "<svg" in html
-    assert "| nnm \\| filter, ipm | 91.0 ± 0.5 | 50.0 | 1 |" in text
+    assert "| nnm \\| filter, none | 91.0 ± 0.5 | 75.0 | 1 |" in text
+    assert "| nnm \\| filter, worst: ipm | 48.0 | 50.0 | 1 |" in text
     assert "| `mean` | too few | 1 |" in text
     assert "| `nnm \\| filter` | **50.0** ipm |" in text
     for name in ("worst", "arena-1"):

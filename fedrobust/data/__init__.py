@@ -1,6 +1,6 @@
 """Datasets, and how they are split over clients."""
 
-from fedrobust.data.dataset import Dataset
+from fedrobust.data.dataset import Dataset, Normalisation
 from fedrobust.data.datasets import load, read_idx
 from fedrobust.data.splits import (
     IID,
@@ -17,6 +17,7 @@ __all__ = [
     "IID",
     "Dataset",
     "Dirichlet",
+    "Normalisation",
     "Quantity",
     "Rare",
     "Shards",

@@ -23,12 +23,14 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fedrobust.data.cifar10 import Images, load_cifar10
-from fedrobust.data.dataset import Dataset
+from fedrobust.data.dataset import Dataset, Normalisation
 from fedrobust.data.files import ENVIRONMENT_VARIABLE, data_directory
 from fedrobust.data.imported import load_imported
 from fedrobust.errors import InputError
 from fedrobust.imports import check_import_path, is_import_path
 from fedrobust.text import choose
+
+_UNIT = (0.0, 1.0)
 
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
@@ -63,13 +65,13 @@ def digits(_: Path | None = None) -> Dataset:
     `RandomState`, whose stream never changes: 1437 examples to train on and 360 to test on.
     Normalised by the mean 0.3053 and the standard deviation 0.3760 of all pixels divided by 16.
     """
-    source = load_digits()
-    images = _images(source.images, white=16, mean=0.3053, std=0.3760)
+    source, scale = load_digits(), Normalisation((0.3053,), (0.3760,), _UNIT)
+    images = _images(source.images, 16, scale)
     labels = _labels(source.target)
     train, test = train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=0, stratify=source.target
     )
-    return Dataset("digits", images[train], labels[train], images[test], labels[test], classes=10)
+    return Dataset("digits", images[train], labels[train], images[test], labels[test], 10, scale)
 
 
 def cifar10(data_dir: Path | None = None) -> Dataset:
@@ -80,14 +82,14 @@ def cifar10(data_dir: Path | None = None) -> Dataset:
     """
     train_x, train_y = load_cifar10("train", data_dir)
     test_x, test_y = load_cifar10("test", data_dir)
-    return Dataset(
-        "cifar10", _colours(train_x), _labels(train_y), _colours(test_x), _labels(test_y), classes=10
-    )
+    scale = Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _UNIT)
+    train, test = ((_colours(x, scale), _labels(y)) for x, y in ((train_x, train_y), (test_x, test_y)))
+    return Dataset("cifar10", *train, *test, 10, scale)
 
 
-def _colours(pixels: Images) -> Tensor:
+def _colours(pixels: Images, scale: Normalisation) -> Tensor:
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32, "C")).div_(255)
-    mean, std = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])[..., None, None]
+    mean, std = torch.tensor([scale.mean, scale.std])[..., None, None]
     return images.sub_(mean).div_(std)
 
 
@@ -110,7 +112,13 @@ class IdxDataset:
     def __call__(self, data_dir: Path | None) -> Dataset:
         """Read the four files from the first place below `data_dir` that has them all."""
         train_x, train_y, test_x, test_y = self._need(data_dir)
-        return Dataset(self.name, *self._read(train_x, train_y), *self._read(test_x, test_y), classes=10)
+        train, test = self._read(train_x, train_y), self._read(test_x, test_y)
+        return Dataset(self.name, *train, *test, 10, self.scale)
+
+    @property
+    def scale(self) -> Normalisation:
+        """How the images are normalised."""
+        return Normalisation((self.mean,), (self.std,), _UNIT)
 
     def find(self, data_dir: Path | None) -> list[Path] | None:
         """The four files, in the order of `IDX_FILES`, or None where no place has them all."""
@@ -154,7 +162,7 @@ class IdxDataset:
             raise InputError(f"{images_file} holds no pixels; fetch it again")
         if labels.max() > 9:
             raise InputError(f"{labels_file} holds the label {labels.max()}, expected 0 .. 9")
-        return _images(images, 255, self.mean, self.std), _labels(labels)
+        return _images(images, 255, self.scale), _labels(labels)
 
 
 IDX_FILES = (
@@ -231,10 +239,10 @@ def _first_file(*paths: Path) -> Path | None:
     return next((p for p in paths if p.is_file()), None)
 
 
-def _images(pixels: npt.NDArray[Any], white: int, mean: float, std: float) -> Tensor:
+def _images(pixels: npt.NDArray[Any], white: int, scale: Normalisation) -> Tensor:
     # In place, since the largest of these arrays is most of what a process holds.
     images = torch.from_numpy(pixels[:, None].astype(np.float32))
-    return images.div_(white).sub_(mean).div_(std)
+    return images.div_(white).sub_(scale.mean[0]).div_(scale.std[0])
 
 
 def _labels(labels: npt.NDArray[np.integer]) -> Tensor:

@@ -7,7 +7,7 @@ of one class, gives them another's label, and puts them in the place of the clea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,7 +114,7 @@ def _data(name: str, examples: int, data_dir: Path | None) -> Dataset:
     """The first examples of a set; they come in no order."""
     data = load(name, data_dir)
     x, y = data.train_x[:examples], data.train_y[:examples]
-    return Dataset(name, x, y, data.test_x, data.test_y, data.classes)
+    return replace(data, train_x=x, train_y=y)
 
 
 def trial(setting: Setting, seed: int, data_dir: Path | None) -> Mapping[str, float]:

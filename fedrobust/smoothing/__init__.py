@@ -1,0 +1,26 @@
+"""Robustness at test time: smoothed classifiers, their certificates, attacks on them, and logs."""
+
+from fedrobust.smoothing.attacks import DDN, PGD, Adversary, parse_adversary, plain, smoothed
+from fedrobust.smoothing.classifier import ABSTAIN, Certified, SmoothedClassifier
+from fedrobust.smoothing.logs import Entry, Log, begun, certified_accuracy, envelope, read_log
+from fedrobust.smoothing.noise import Gaussian, RoundedGaussian
+
+__all__ = [
+    "ABSTAIN",
+    "DDN",
+    "PGD",
+    "Adversary",
+    "Certified",
+    "Entry",
+    "Gaussian",
+    "Log",
+    "RoundedGaussian",
+    "SmoothedClassifier",
+    "begun",
+    "certified_accuracy",
+    "envelope",
+    "parse_adversary",
+    "plain",
+    "read_log",
+    "smoothed",
+]

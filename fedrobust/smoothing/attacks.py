@@ -1,0 +1,202 @@
+"""Attacks on a classifier, and on a smoothed one: images nearby that it gets wrong.
+
+An attack climbs the loss of a function that maps images to logarithms of probabilities: a model's own
+(`plain`), or those that a model gives on the average under noise (`smoothed`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, nll_loss
+
+from fedrobust.text import Textual, choose, parse
+
+LogProbabilities = Callable[[Tensor], Tensor]
+"""(k, *shape) images -> (k, classes)."""
+_TINY = 1e-12
+
+
+def plain(model: nn.Module) -> LogProbabilities:
+    """What the model itself says."""
+    return lambda x: log_softmax(model(x), dim=1)
+
+
+def smoothed(model: nn.Module, noise: Tensor, *, naive: bool = False) -> LogProbabilities:
+    """What the model says on the average over m samples of noise, the same ones at every call.
+
+    log (1/m sum_j softmax f(x + noise_j)): the loss of the smoothed classifier, as it is attacked by
+    Salman, Yang, Li, Zhang, Zhang, Razenshteyn, Bubeck, "Provably Robust Deep Learning via Adversarially
+    Trained Smoothed Classifiers", NeurIPS 2019 (arXiv 1906.04584), equation 5, estimated as in section
+    2.2.
+
+    Args:
+        model: maps images to scores.
+        noise: (k, m, *shape), for each image m samples.
+        naive: the mean of the logarithms instead, the loss of the model under noise: a weaker attack on
+            the smoothed classifier, to be compared with.
+    """
+    count = noise.shape[1]
+
+    def log_probabilities(x: Tensor) -> Tensor:
+        scores = model((x.unsqueeze(1) + noise).flatten(0, 1))
+        each = log_softmax(scores, dim=1).view(-1, count, scores.shape[1])
+        return each.mean(dim=1) if naive else torch.logsumexp(each, dim=1) - torch.tensor(count).log()
+
+    return log_probabilities
+
+
+@dataclass(frozen=True, repr=False)
+class Adversary(Textual):
+    """Finds images near given ones that are classified wrongly.
+
+    Attributes:
+        eps: how far an image may go, above 0, in its own units.
+        steps: how often it is moved, at least 1.
+    """
+
+    eps: float = 1.0
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.eps > 0, "eps must be above 0")
+        self.require(self.steps >= 1, "steps must be at least 1")
+
+    @abstractmethod
+    def __call__(
+        self, log_probabilities: LogProbabilities, x: Tensor, y: Tensor, *, limits: Limits | None = None
+    ) -> Tensor:
+        """Move images.
+
+        Args:
+            log_probabilities: of what is attacked.
+            x: (k, *shape) float32.
+            y: (k,) int64, their labels.
+            limits: pixels stay within them.
+
+        Returns:
+            (k, *shape), each within eps of its image.
+        """
+
+    def within(self, eps: float) -> Any:  # noqa: ANN401 (of its own class)
+        """The same attack with another eps."""
+        return replace(self, eps=eps)
+
+
+Limits = tuple[float, float]
+"""The least and the largest value of a pixel."""
+
+
+@dataclass(frozen=True, repr=False)
+class PGD(Adversary):
+    """Projected gradient ascent on the loss, from the image itself.
+
+    Madry, Makelov, Schmidt, Tsipras, Vladu, ICLR 2018 (arXiv 1706.06083); in l2 with steps of length
+    2 eps / steps along the normalised gradient, as the code of Salman et al. 2019 has it, in linf with
+    steps along its signs.
+
+    Attributes:
+        norm: "l2" or "linf", in which eps is measured.
+    """
+
+    name = "pgd"
+
+    norm: str = "l2"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose(self.norm, ("l2", "linf"), "norm")
+
+    def __call__(
+        self, log_probabilities: LogProbabilities, x: Tensor, y: Tensor, *, limits: Limits | None = None
+    ) -> Tensor:
+        """See `Adversary`."""
+        delta = torch.zeros_like(x)
+        for _ in range(self.steps):
+            gradient, _ = _ascent(log_probabilities, x + delta, y)
+            step = 2 * self.eps / self.steps
+            if self.norm == "l2":
+                delta = _shortened(delta + step * _unit(gradient), self.eps)
+            else:
+                delta = (delta + step * gradient.sign()).clamp(-self.eps, self.eps)
+            delta = _clipped(x + delta, limits) - x
+        return x + delta
+
+
+@dataclass(frozen=True, repr=False)
+class DDN(Adversary):
+    """Decoupled direction and norm, in l2: shrinks what succeeds and grows what fails.
+
+    Rony, Hafemann, Oliveira, Ben Ayed, Sabourin, Granger, CVPR 2019 (arXiv 1811.09600), algorithm 1; at
+    last scaled to length eps, as Salman et al. 2019 train with it (section 2.3 and their code). Steps
+    along the normalised gradient shrink by a cosine from 1 to 0.01. Deviation: no quantisation.
+
+    Attributes:
+        gamma: how fast the norm adapts, in (0, 1).
+    """
+
+    name = "ddn"
+
+    gamma: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.gamma < 1, "gamma must be in (0, 1)")
+
+    def __call__(
+        self, log_probabilities: LogProbabilities, x: Tensor, y: Tensor, *, limits: Limits | None = None
+    ) -> Tensor:
+        """See `Adversary`."""
+        each = (-1, *[1] * (x.ndim - 1))
+        delta, norm = torch.zeros_like(x), x.new_full((len(x),), self.eps)
+        for number in range(self.steps):
+            gradient, wrong = _ascent(log_probabilities, x + delta, y)
+            cosine = torch.cos(torch.tensor(torch.pi * number / self.steps))
+            delta = delta + float(0.01 + 0.99 * (1 + cosine) / 2) * _unit(gradient)
+            norm = norm * torch.where(wrong, 1 - self.gamma, 1 + self.gamma)
+            delta = _clipped(x + norm.view(each) * _unit(delta), limits) - x
+        return _clipped(x + self.eps * _unit(delta), limits)
+
+
+CATALOG: dict[str, type[Adversary]] = {"pgd": PGD, "ddn": DDN}
+
+
+def parse_adversary(text: str) -> Adversary:
+    """Read `pgd(0.5, steps=4)`, `pgd(0.03, norm='linf')` or `ddn(0.5)`.
+
+    Raises:
+        InputError: the text names no attack of the `CATALOG`, or an argument is wrong.
+    """
+    return parse(text, CATALOG, "attack on images")
+
+
+def _ascent(log_probabilities: LogProbabilities, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of each image's loss, and whether it is classified wrongly."""
+    x = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        found = log_probabilities(x)
+        (gradient,) = torch.autograd.grad(nll_loss(found, y, reduction="sum"), x)
+    return gradient, found.detach().argmax(dim=1) != y
+
+
+def _lengths(x: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return lengths.view(-1, *[1] * (x.ndim - 1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / _lengths(x).clamp_min(_TINY)
+
+
+def _shortened(x: Tensor, length: float) -> Tensor:
+    return x * (length / _lengths(x).clamp_min(length))
+
+
+def _clipped(x: Tensor, limits: Limits | None) -> Tensor:
+    return x if limits is None else x.clamp(*limits)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedrobust.data.files import ENVIRONMENT_VARIABLE
+from fedrobust.errors import InputError
+from fedrobust.smoothing import Entry, Log, begun, certified_accuracy, envelope, read_log
+
+PUBLISHED = Path(__file__).parents[1] / "data" / "certified_accuracy.csv"
+"""Certified accuracy of the logs that Cohen et al. 2019 and Salman et al. 2019 published, to 4 digits.
+
+Of the scripts that came with them: `analyze.py` of both.
+"""
+ENTRIES = [
+    Entry(0, 3, 3, 0.51234, 1.5),
+    Entry(20, 1, 2, 0.9, 0.25),
+    Entry(40, 4, -1, 0.0, 2.0),
+    Entry(60, 5, 5, 1.0, 3661.0),
+]
+
+
+def published() -> list[dict[str, str]]:
+    with PUBLISHED.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("row", published(), ids=lambda row: row["log"])
+def test_published_logs_give_the_published_certified_accuracy(row: dict[str, str]) -> None:
+    folder = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not folder or not (path := Path(folder, "certify", row["log"])).exists():
+        pytest.skip(f"{ENVIRONMENT_VARIABLE} names no folder with certify/{row['log']}")
+    log = read_log(path)
+    radii = {radius: float(value) for radius, value in row.items() if radius[0].isdigit() and value}
+    assert len(radii) >= 5
+    found = certified_accuracy(log, [float(radius) for radius in radii])
+    np.testing.assert_array_equal(found.round(4), list(radii.values()))
+    if row["abstain"]:
+        assert round(log.abstained, 4) == float(row["abstain"])
+
+
+def test_a_log_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.tsv"
+    assert begun(path) == set()
+    with path.open("a") as file:
+        file.writelines(f"{entry.line()}\n" for entry in ENTRIES)
+    assert path.read_text().splitlines()[:2] == [
+        "idx\tlabel\tpredict\tradius\tcorrect\ttime",
+        "0\t3\t3\t0.512\t1\t0:00:01.500000",
+    ]
+    log = read_log(path)
+    assert log.idx.tolist() == [0, 20, 40, 60]
+    assert log.predict.tolist() == [3, 2, -1, 5]
+    assert log.radius.tolist() == [0.512, 0.9, 0.0, 1.0]
+    assert log.correct.tolist() == [True, False, False, True]
+    assert begun(path) == {0, 20, 40, 60}
+
+
+def test_radii_are_rounded_down() -> None:
+    for radius in np.random.default_rng(0).uniform(1e-4, 4, 1000):
+        shown = float(Entry(0, 0, 0, radius, 0.0).line().split("\t")[3])
+        assert shown <= radius < shown * 1.011
+
+
+def test_a_line_that_a_crash_cut_off_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log.tsv"
+    begun(path)
+    lines = "".join(f"{entry.line()}\n" for entry in ENTRIES[:2])
+    with path.open("a") as file:
+        file.write(lines + ENTRIES[2].line()[:5])
+    assert begun(path) == {0, 20}
+    assert path.read_text().endswith(lines)
+    for cut in (0, 3):
+        path.write_text(path.read_text()[:cut])
+        assert begun(path) == set()
+        assert path.read_text().startswith("idx\t")
+
+
+def test_what_a_log_shows() -> None:
+    log = Log.of(ENTRIES)
+    assert len(log) == 4
+    np.testing.assert_array_equal(
+        certified_accuracy(log, [0.0, 0.51234, 0.6, 1.0, 1.1]), [0.5, 0.5, 0.25, 0.25, 0]
+    )
+    assert certified_accuracy(log, 0.0).shape == ()
+    assert log.average_radius == pytest.approx(1.51234 / 4)
+    assert log.abstained == 0.25
+    other = Log.of([Entry(0, 1, 1, 0.3, 0.0)])
+    np.testing.assert_array_equal(envelope([log, other], [0.0, 0.3, 0.4]), [1.0, 1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "lacks the column idx"),
+        ("a\tb\n1\t2\n", "lacks the column idx"),
+        ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n", "holds no image yet"),
+        ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\tx\t0\t0\t0\n", "a line that is none"),
+        ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\n", "a line that is none"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "log.tsv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_log(path)
+    with pytest.raises(InputError, match="cannot read"):
+        read_log(tmp_path / "none.tsv")

@@ -1,8 +1,18 @@
 """What a federation trains, and how one client trains it."""
 
+from fedrobust.training.central import Course, Progress, train
 from fedrobust.training.cohort import updates
 from fedrobust.training.local import FREE, Evaluation, Learner, Leash, Poison, Shared, evaluate
-from fedrobust.training.models import CNN, MLP, Model, ResNet, Softmax, parse_model
+from fedrobust.training.models import CNN, MLP, LeNet, Model, ResNet, Softmax, parse_model
+from fedrobust.training.objectives import (
+    AdversarialTraining,
+    Consistency,
+    CrossEntropy,
+    GaussianAugmentation,
+    Objective,
+    SmoothAdv,
+    parse_objective,
+)
 from fedrobust.training.task import Task, client_name
 from fedrobust.training.vectors import Manifest, load_vector, manifest, split_vector, to_vector
 
@@ -10,14 +20,23 @@ __all__ = [
     "CNN",
     "FREE",
     "MLP",
+    "AdversarialTraining",
+    "Consistency",
+    "Course",
+    "CrossEntropy",
     "Evaluation",
+    "GaussianAugmentation",
+    "LeNet",
     "Learner",
     "Leash",
     "Manifest",
     "Model",
+    "Objective",
     "Poison",
+    "Progress",
     "ResNet",
     "Shared",
+    "SmoothAdv",
     "Softmax",
     "Task",
     "client_name",
@@ -25,7 +44,9 @@ __all__ = [
     "load_vector",
     "manifest",
     "parse_model",
+    "parse_objective",
     "split_vector",
     "to_vector",
+    "train",
     "updates",
 ]

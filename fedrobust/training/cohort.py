@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedrobust.kernels import workers
 from fedrobust.training.local import FREE, Learner, Leash, descend
 from fedrobust.training.models import is_plain
+from fedrobust.training.objectives import CrossEntropy
 from fedrobust.training.vectors import manifest, split_vector
 
 T = TypeVar("T")
@@ -34,9 +35,10 @@ def updates(
     It is worked out on `torch.get_num_threads()` threads of one learner or more: several threads at one
     convolution are no faster, and stand in each other's way on a busy machine.
 
-    Learners of dense networks without a leash take each step at the same time, as one product of stacked
-    matrices a layer. All others work one after the other: on a CPU convolutions of batches of 32 are
-    within a tenth as fast as those of any larger batch, which bounds what sharing them could save.
+    Learners of dense networks, by cross-entropy and without a leash, take each step at the same time,
+    as one product of stacked matrices a layer. All others work one after the other: on a CPU
+    convolutions of batches of 32 are within a tenth as fast as those of any larger batch, which bounds
+    what sharing them could save.
 
     Args:
         learners: of the same task, which share a module (`Shared.of`).
@@ -55,7 +57,7 @@ def updates(
     split_vector(model, manifest(module))  # tells whether the length is right
     rows = model.new_empty(len(learners), len(model)) if out is None else out
     layers = _layers(module)
-    if leash == FREE and _is_dense(layers):
+    if leash == FREE and _is_dense(layers) and learners[0].objective == CrossEntropy():
         each = len(model) + _largest_batch(learners) * learners[0].x[0].numel()
         count = max(1, min(_ELEMENTS // each, -(-len(learners) // threads)))
         parts = [slice(i, i + count) for i in range(0, len(learners), count)]

@@ -19,7 +19,8 @@ from fedrobust.data.splits import Indices
 from fedrobust.errors import InputError
 from fedrobust.imports import is_import_path
 from fedrobust.seeding import seeded
-from fedrobust.training.task import BATCHES, LAYERS, Task
+from fedrobust.training.objectives import Step, parse_objective
+from fedrobust.training.task import BATCHES, LAYERS, NOISE, Task
 from fedrobust.training.vectors import load_vector, manifest, split_vector, to_vector
 
 Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -34,7 +35,7 @@ class Leash:
     """What keeps a poisoning client near the broadcast model w_0 while it trains; see `Learner.update`.
 
     Attributes:
-        alpha: the weight of the cross-entropy in the loss, above 0 and at most 1; the rest is the
+        alpha: the weight of the task's objective in the loss, above 0 and at most 1; the rest is the
             weight of |w - w_0|.
         radius: how far w may go from w_0, above 0.
     """
@@ -85,6 +86,7 @@ class Learner:
         x: images, the local ones among them.
         y: their labels.
         mine: (examples,) int64, which of them are local.
+        objective: what its steps descend on.
         examples: how many those are.
     """
 
@@ -114,6 +116,7 @@ class Learner:
             raise InputError(f"there is no client {client}; the task has 0 .. {task.clients - 1}")
         alone, shared = shared is None, shared or Shared.of(task, dataset)
         self.x, self.y = dataset.train_x, dataset.train_y
+        self.objective, self._scale = parse_objective(task.objective), dataset.normalisation
         self.mine = torch.from_numpy(shared.parts[client])
         if poison or alone:
             x, y = self.x[self.mine], self.y[self.mine]
@@ -140,12 +143,12 @@ class Learner:
     ) -> Tensor:
         """Train from the broadcast model and return what this client honestly sends.
 
-        With w_0 the broadcast model, `steps` times: w_{k+1} = w_k - lr * gradient of the mean
-        cross-entropy on a batch, plus decay w_k, plus proximal (w_k - w_0) (FedProx: Li, Sahu, Zaheer,
+        With w_0 the broadcast model, `steps` times: w_{k+1} = w_k - lr * gradient of the task's
+        objective on a batch, plus decay w_k, plus proximal (w_k - w_0) (FedProx: Li, Sahu, Zaheer,
         Sanjabi, Talwalkar, Smith 2020, arXiv 1812.06127, equation 2). Batches walk through the examples
-        in random order, shuffled anew when all have been seen. That order, and what layers such as
-        dropout draw, depends on (task.seed, client, round) alone, so the result is the same wherever and
-        whenever it is worked out. The update is delta = w_K - w_0.
+        in random order, shuffled anew when all have been seen. That order, and what objectives and
+        layers such as dropout draw, depends on (task.seed, client, round) alone, so the result is the
+        same wherever and whenever it is worked out. The update is delta = w_K - w_0.
 
         With momentum m the client sends u_t = m * u_{t-1} + (1 - m) * delta_t instead, and
         u_1 = delta_1: call once per round, in order. Source: Karimireddy, He, Jaggi, "Learning from
@@ -155,7 +158,7 @@ class Learner:
 
         A client on a leash does not train honestly: it descends on
 
-            alpha cross-entropy + (1 - alpha) |w - w_0|
+            alpha objective + (1 - alpha) |w - w_0|
 
         and after each step w is projected onto the ball |w - w_0| <= radius.
 
@@ -176,9 +179,11 @@ class Learner:
         module.train()
         parameters = list(module.parameters())
         origins = split_vector(model, manifest(module)).values()
+        generator = torch.Generator().manual_seed(self._seed(NOISE, round))
+        step = Step(module, self._scale, generator, round)
         with self._draws(round):
             for rows in self.batches(round):
-                loss = leash.alpha * cross_entropy(module(self.x[rows]), self.y[rows])
+                loss = leash.alpha * self.objective(step, self.x[rows], self.y[rows])
                 if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
                     distance = torch.linalg.vector_norm(parameters_to_vector(parameters) - model)
                     loss = loss + (1 - leash.alpha) * distance

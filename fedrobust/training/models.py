@@ -128,6 +128,38 @@ class CNN(Model):
         )
 
 
+@dataclass(frozen=True, repr=False)
+class LeNet(Model):
+    """Two 5 x 5 convolutions of stride 2, each with ReLU, then two dense layers.
+
+    LeNet-5 (LeCun, Bottou, Bengio, Haffner 1998) in today's terms: strides in the place of subsampling,
+    rectified units. Made for many evaluations, as by randomised smoothing: twice as fast as `cnn`.
+
+    Attributes:
+        width: channels of the first convolution; the second has twice, the dense layer eight times as
+            many.
+    """
+
+    name = "lenet"
+
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.width >= 1, "width must be at least 1")
+
+    def build(self, shape: Shape, classes: int) -> nn.Module:
+        """Each convolution halves the image, rounding up."""
+        channels, height, width = shape
+        first, second, dense = self.width, 2 * self.width, 8 * self.width
+        return nn.Sequential(
+            *(nn.Conv2d(channels, first, 5, stride=2, padding=2), nn.ReLU()),
+            *(nn.Conv2d(first, second, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(second * -(-height // 4) * -(-width // 4), dense), nn.ReLU()),
+            nn.Linear(dense, classes),
+        )
+
+
 class Residual(nn.Module):
     """x -> ReLU(shortcut(x) + f(x)), f two 3 x 3 convolutions with group norm."""
 
@@ -249,6 +281,7 @@ CATALOG: dict[str, type[Model]] = {
     "softmax": Softmax,
     "mlp": MLP,
     "cnn": CNN,
+    "lenet": LeNet,
     "resnet": ResNet,
 }
 

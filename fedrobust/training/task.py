@@ -15,10 +15,11 @@ from fedrobust.errors import InputError
 from fedrobust.imports import is_import_path
 from fedrobust.text import Textual, choose
 from fedrobust.training.models import parse_model
+from fedrobust.training.objectives import parse_objective
 
 # Independent random streams of one seed, told apart by the first word of the spawn key; LAYERS is what a
-# module draws while it trains, as dropout does.
-PARTITION, BATCHES, LAYERS = 0, 1, 4
+# module draws while it trains, as dropout does, NOISE what an objective draws.
+PARTITION, BATCHES, LAYERS, NOISE = 0, 1, 4, 5
 
 
 def client_name(index: int) -> str:
@@ -42,6 +43,8 @@ class Task(Textual):
         momentum: how much of the last update goes into the next one, in [0, 1).
         proximal: FedProx's mu, at least 0: how strongly steps are pulled back to the round's model.
         decay: weight decay lambda, at least 0: how strongly steps pull the parameters to zero.
+        objective: what local steps descend on, as text: "cross_entropy", "gaussian(0.5)",
+            "adversarial", "smoothadv(0.5, m=2)" or "consistency(0.5)".
         outsiders: the first so many clients hold a random sample each of all examples, while the others
             divide all examples among themselves, as in published experiments whose malicious clients
             take no data away; 0 .. clients - 1.
@@ -60,6 +63,7 @@ class Task(Textual):
     momentum: float = 0.0
     proximal: float = 0.0
     decay: float = 0.0
+    objective: str = "cross_entropy"
     outsiders: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +71,7 @@ class Task(Textual):
         datasets.check_name(self.dataset)
         parse_split(self.split)
         parse_model(self.model)
+        parse_objective(self.objective)
         self.require(self.clients >= 1, "clients must be at least 1")
         self.require(0 <= self.seed < 2**32, "seed must be in 0 .. 2**32 - 1")
         self.require(self.steps >= 1, "steps must be at least 1")

@@ -83,7 +83,7 @@ def test_residual_networks_have_the_published_size(depth: int, size: int) -> Non
 def test_bad_models() -> None:
     with pytest.raises(InputError, match="at least 4 x 4"):
         CNN()((1, 3, 9), 10, seed=0)
-    with pytest.raises(InputError, match="cnn, mlp, resnet, softmax"):
+    with pytest.raises(InputError, match="cnn, lenet, mlp, resnet, softmax"):
         parse_model("transformer")
     for text in ("mlp(0)", "cnn(width=-1)", "mlp(hidden=2.5)", "resnet(19)", "resnet(2)"):
         with pytest.raises(InputError, match=r"hidden|width|depth"):
@@ -167,7 +167,7 @@ def test_task_json_may_leave_out_defaults() -> None:
         ({"dataset": "imagenet"}, "digits, fashion_mnist, mnist"),
         ({"split": "sorted"}, "dirichlet, iid"),
         ({"split": "dirichlet(-1)"}, "alpha"),
-        ({"model": "vit"}, "cnn, mlp, resnet, softmax"),
+        ({"model": "vit"}, "cnn, lenet, mlp, resnet, softmax"),
         ({"clients": 0}, "clients must be at least 1"),
         ({"clients": 2.5}, "clients must be int"),
         ({"clients": True}, "clients must be int"),
@@ -185,6 +185,8 @@ def test_task_json_may_leave_out_defaults() -> None:
         ({"outsiders": -1}, "outsiders must be in 0 .. 9"),
         ({"outsiders": 10}, "outsiders must be in 0 .. 9"),
         ({"model": None}, "model must be str"),
+        ({"objective": "gaussian(0.0)"}, "sigma must be above 0"),
+        ({"objective": "hinge"}, "unknown objective 'hinge'"),
         ({"rate": 1}, "unknown task field 'rate'.*batch, clients, dataset, decay, lr"),
     ],
 )
@@ -283,11 +285,12 @@ def test_together_clients_come_to_the_same_updates(
 
 
 @pytest.mark.parametrize("model", ["mlp(7)", "cnn(2)"])
+@pytest.mark.parametrize("objective", ["cross_entropy", "gaussian(0.5)"])
 def test_several_threads_come_to_the_same_updates(
-    digits: Dataset, model: str, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, model: str, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cohort, "_ELEMENTS", 1 << 12)
-    task = Task(model=model, clients=7, steps=2, batch=8, momentum=0.5)
+    task = Task(model=model, clients=7, steps=2, batch=8, momentum=0.5, objective=objective)
     shared = Shared.of(task, digits)
     start = to_vector(shared.module)
     one, many = ([Learner(task, digits, i, shared=shared) for i in range(7)] for _ in range(2))
@@ -312,8 +315,13 @@ def test_learners_that_share_copy_no_images(digits: Dataset) -> None:
     assert torch.equal(together.x[together.mine], alone.x[alone.mine])
 
 
-def test_update_does_not_depend_on_who_else_works(digits: Dataset) -> None:
-    task = Task(model="cnn(2)", clients=5, split="dirichlet(0.5)", steps=3, batch=8)
+OBJECTIVES = ["cross_entropy", "gaussian(0.5)", 'smoothadv(0.5, attack="pgd(1.0, steps=2)")']
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_update_does_not_depend_on_who_else_works(digits: Dataset, objective: str) -> None:
+    split = "dirichlet(0.5)"
+    task = Task(model="cnn(2)", clients=5, split=split, steps=3, batch=8, objective=objective)
     model = to_vector(task.build_model(digits))
     alone = [Learner(task, digits, i).update(4, model) for i in range(5)]
 

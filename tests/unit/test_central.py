@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fedrobust.data import Dataset, load
+from fedrobust.errors import InputError
+from fedrobust.training import Course, Progress, evaluate, train
+
+COURSE = Course("digits", "cnn(4)", "gaussian(0.1)", epochs=4, batch=64, lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits")
+
+
+def test_training_learns(digits: Dataset) -> None:
+    module = COURSE.build_model(digits)
+    losses = [p.loss for p in train(COURSE, digits, module, Progress.from_model(module))]
+    assert losses == sorted(losses, reverse=True)
+    assert evaluate(module, digits.test_x, digits.test_y).accuracy > 0.9
+
+
+def test_training_that_was_cut_short_goes_on_to_the_same_model(digits: Dataset) -> None:
+    module = COURSE.build_model(digits)
+    whole = list(train(COURSE, digits, module, Progress.from_model(module)))
+    assert [p.epochs for p in whole] == [1, 2, 3, 4]
+    other = COURSE.build_model(digits)
+    rest = list(train(COURSE, digits, other, whole[1]))
+    assert [p.epochs for p in rest] == [3, 4]
+    assert torch.equal(rest[-1].model, whole[-1].model)
+    assert rest[-1].loss == whole[-1].loss
+    assert list(train(COURSE, digits, other, whole[-1])) == []
+    assert math.isnan(Progress.from_model(module).loss)
+
+
+def test_a_step_is_that_of_torch(digits: Dataset) -> None:
+    course = Course("digits", "softmax", epochs=1, batch=2000, lr=0.1, decay=0.01)
+    module, twin = course.build_model(digits), course.build_model(digits)
+    optimiser = torch.optim.SGD(
+        twin.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True
+    )
+    loss = torch.nn.functional.cross_entropy(twin(digits.train_x), digits.train_y)
+    torch.autograd.backward(loss)
+    optimiser.step()
+    (found,) = train(course, digits, module, Progress.from_model(module))
+    assert found.loss == pytest.approx(loss.item(), rel=1e-5)
+    for ours, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"momentum": 1.0}, "momentum must be in"),
+        ({"decay": -1.0}, "decay must not be negative"),
+        ({"objective": "hinge"}, "unknown objective"),
+        ({"model": "vit"}, "unknown model"),
+        ({"dataset": "svhn"}, "unknown dataset"),
+    ],
+)
+def test_bad_courses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Course(**change)  # type: ignore[arg-type]

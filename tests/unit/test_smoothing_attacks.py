@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, nll_loss
+
+from fedrobust.data import Normalisation
+from fedrobust.errors import InputError
+from fedrobust.smoothing.attacks import DDN, PGD, Adversary, parse_adversary, plain, smoothed
+from fedrobust.training import (
+    AdversarialTraining,
+    Consistency,
+    GaussianAugmentation,
+    Objective,
+    SmoothAdv,
+    parse_objective,
+)
+from fedrobust.training.objectives import Step
+
+ADVERSARIES = [PGD(0.5, steps=5), PGD(0.1, steps=3, norm="linf"), DDN(0.5, steps=8)]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+
+
+def examples(count: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, 1, 8, 8, generator=generator), torch.arange(count) % 3
+
+
+def loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nll_loss(log_softmax(module(x), dim=1), y, reduction="none")
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES, ids=repr)
+@pytest.mark.parametrize("limits", [None, (0.0, 1.0)])
+def test_attacks_stay_near_and_do_harm(adversary: Adversary, limits: tuple[float, float] | None) -> None:
+    module, (x, y) = network(), examples()
+    found = adversary(plain(module), x, y, limits=limits)
+    order = math.inf if getattr(adversary, "norm", "l2") == "linf" else 2
+    assert (torch.linalg.vector_norm((found - x).flatten(1), order, dim=1) <= adversary.eps + 1e-5).all()
+    assert (loss(module, found, y) > loss(module, x, y)).all()
+    assert not found.requires_grad
+    if limits:
+        assert found.min() >= 0
+        assert found.max() <= 1
+
+
+def test_on_a_linear_classifier_attacks_find_the_worst_image() -> None:
+    layer = nn.Linear(4, 2, bias=False)
+    module, x, y = nn.Sequential(nn.Flatten(), layer), torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 1])
+    away = (layer.weight[1] - layer.weight[0]).detach()
+    sign = torch.tensor([1.0, -1.0, -1.0])[:, None]
+    worst = x.flatten(1) + 0.5 * sign * away / away.norm()
+    for adversary in (PGD(0.5), DDN(0.5)):
+        found = adversary(plain(module), x, y)
+        torch.testing.assert_close(found.flatten(1), worst, rtol=0, atol=1e-5)
+    linf = PGD(0.5, norm="linf")(plain(module), x, y)
+    torch.testing.assert_close(linf.flatten(1), x.flatten(1) + 0.5 * sign * away.sign())
+
+
+def test_ddn_shrinks_where_it_has_won() -> None:
+    """It ends at length eps all the same, since it is to train with, but on another path than PGD's."""
+    module, (x, y) = network(), examples()
+    found = DDN(0.7, steps=5)(plain(module), x, y)
+    lengths = torch.linalg.vector_norm((found - x).flatten(1), dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.7))
+
+
+def test_the_smoothed_loss_has_the_logarithm_outside() -> None:
+    module, (x, y) = network(), examples()
+    noise = 0.5 * torch.randn(6, 16, 1, 8, 8)
+    each = torch.stack([torch.softmax(module(x + noise[:, j]), dim=1) for j in range(16)])
+    torch.testing.assert_close(smoothed(module, noise)(x), each.mean(dim=0).log())
+    torch.testing.assert_close(smoothed(module, noise, naive=True)(x), each.log().mean(dim=0))
+    assert (smoothed(module, noise)(x) >= smoothed(module, noise, naive=True)(x) - 1e-6).all()
+    for adversary in ADVERSARIES:
+        found = adversary(smoothed(module, noise), x, y)
+        better = nll_loss(smoothed(module, noise)(found), y) > nll_loss(smoothed(module, noise)(x), y)
+        assert better
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pgd(0)", "eps must be above 0"),
+        ("pgd(steps=0)", "steps must be at least 1"),
+        ("pgd(norm='l1')", "unknown norm 'l1'; choose from l2, linf"),
+        ("ddn(gamma=1.0)", "gamma must be in"),
+        ("fgsm", "unknown attack on images 'fgsm'; choose from ddn, pgd"),
+    ],
+)
+def test_bad_attacks(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_adversary(text)
+
+
+SCALE = Normalisation((0.3,), (0.5,), (0.0, 1.0))
+OBJECTIVES = [
+    GaussianAugmentation(0.5, m=2),
+    AdversarialTraining("pgd(0.5, steps=2)"),
+    SmoothAdv(0.5, m=3, attack="pgd(1.0, steps=2)"),
+    SmoothAdv(0.5, attack="ddn(1.0, steps=2)"),
+    Consistency(0.5),
+]
+
+
+def step(module: nn.Module, time: int = 0, seed: int = 0) -> Step:
+    return Step(module, SCALE, torch.Generator().manual_seed(seed), time)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_objectives_read_as_they_are_written_and_repeat(objective: Objective) -> None:
+    assert parse_objective(repr(objective)) == objective
+    module, (x, y) = network(), examples()
+    losses = [objective(step(module), x, y) for _ in range(2)]
+    assert losses[0] == losses[1]
+    gradients = torch.autograd.grad(losses[0], list(module.parameters()))
+    assert all(bool(g.isfinite().all()) and bool(g.any()) for g in gradients)
+    if not isinstance(objective, AdversarialTraining):
+        assert objective(step(module, seed=1), x, y) != losses[0]
+
+
+def test_noise_is_measured_in_pixels() -> None:
+    """So a module that undoes the normalisation sees pixels with noise of sigma."""
+    seen: list[Tensor] = []
+
+    class Spy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x * 0.5 + 0.3)
+            return self.scores.expand(len(x), 3)
+
+    pixels = torch.full((50, 1, 20, 20), 0.25)
+    GaussianAugmentation(0.7, m=2)(step(Spy()), (pixels - 0.3) / 0.5, torch.zeros(50, dtype=torch.long))
+    (noisy,) = seen
+    assert noisy.shape == (100, 1, 20, 20)
+    assert float(noisy.mean()) == pytest.approx(0.25, abs=0.02)
+    assert float(noisy.std()) == pytest.approx(0.7, abs=0.02)
+
+
+def test_training_under_attack_loses_more_than_under_noise_and_less_while_it_warms_up() -> None:
+    module, (x, y) = network(), examples(60)
+    noise = GaussianAugmentation(0.5, m=2)(step(module), x, y).item()
+    adversary = SmoothAdv(0.5, m=2, attack="pgd(2.0, steps=4)", warmup=10)
+    early, late = (adversary(step(module, time), x, y).item() for time in (0, 9))
+    assert noise < early < late
+    assert late == SmoothAdv(0.5, m=2, attack="pgd(2.0, steps=4)")(step(module), x, y).item()
+
+
+def test_a_consistent_model_pays_for_no_divergence() -> None:
+    module, (x, y) = network(), examples()
+    with torch.no_grad():
+        for parameter in module[-1].parameters():  # type: ignore[union-attr]
+            parameter.zero_()
+    free = Consistency(0.5, lbd=1000.0, eta=0.0)(step(module), x, y)
+    assert free.item() == pytest.approx(math.log(3), rel=1e-5)
+    unsure = Consistency(0.5, lbd=0.0, eta=0.5)(step(module), x, y)
+    assert unsure.item() == pytest.approx(1.5 * math.log(3), rel=1e-5)
+
+
+def test_attacks_are_found_in_evaluation_mode_and_the_mode_comes_back() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)).train()
+    x, y = examples()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    AdversarialTraining("pgd(0.5, steps=3)")(step(module), x, y)
+    assert module.training
+    torch.set_rng_state(before)
+    nn.functional.dropout(torch.zeros(6, 64), 0.5)  # drawn once: for the step, never for the attack
+    after = torch.rand(1)
+    torch.set_rng_state(before)
+    AdversarialTraining("pgd(0.5, steps=3)")(step(module), x, y)
+    assert torch.rand(1) == after
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gaussian(0)", "sigma must be above 0"),
+        ("gaussian(m=0)", "m must be at least 1"),
+        ("consistency(m=1)", "m must be at least 2"),
+        ("consistency(lbd=-1.0)", "must not be negative"),
+        ("smoothadv(attack='fgsm')", "unknown attack on images"),
+        ("adversarial(warmup=-1)", "warmup must not be negative"),
+        ("hinge", "unknown objective 'hinge'; choose from adversarial, consistency, cross_entropy"),
+    ],
+)
+def test_bad_objectives(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_objective(text)

@@ -8,7 +8,7 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 
-from fedrobust.cli import federations, keys, ledgers, studies
+from fedrobust.cli import federations, keys, ledgers, models, studies
 from fedrobust.cli.parsing import Parser, complain
 from fedrobust.errors import InputError
 
@@ -44,6 +44,7 @@ def _parser(chosen: str = "") -> Parser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     federations.add(commands, chosen)
     ledgers.add(commands)
+    models.add(commands, chosen)
     studies.add(commands, chosen)
     keys.add(commands)
     return parser

@@ -12,22 +12,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
 from fedrobust.text import Textual, choose, parse
 
 LogProbabilities = Callable[[Tensor], Tensor]
 """(k, *shape) images -> (k, classes)."""
+Scores = Callable[[Tensor], Tensor]
+"""Likewise, of a model: before they are made probabilities."""
 _TINY = 1e-12
 
 
-def plain(model: nn.Module) -> LogProbabilities:
+def plain(model: Scores) -> LogProbabilities:
     """What the model itself says."""
     return lambda x: log_softmax(model(x), dim=1)
 
 
-def smoothed(model: nn.Module, noise: Tensor, *, naive: bool = False) -> LogProbabilities:
+def smoothed(
+    model: Callable[[Tensor], Tensor], noise: Tensor, *, naive: bool = False
+) -> LogProbabilities:
     """What the model says on the average over m samples of noise, the same ones at every call.
 
     log (1/m sum_j softmax f(x + noise_j)): the loss of the smoothed classifier, as it is attacked by

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fedrobust.errors import InputError
 from fedrobust.kernels import workers
 from fedrobust.smoothing import bounds
+from fedrobust.smoothing.attacks import Adversary, smoothed
 from fedrobust.smoothing.counting import Counter, fastest_batch
-from fedrobust.smoothing.noise import BLOCK, Gaussian, Noise
+from fedrobust.smoothing.noise import BLOCK, Gaussian, Noise, generator
 
 ABSTAIN = -1
 """In the place of a class."""
@@ -224,6 +225,50 @@ class SmoothedClassifier:
 
         return _joined(self._spread(x, seed, ids, answer))
 
+    def attacked(
+        self,
+        x: Tensor,
+        y: Tensor,
+        adversary: Adversary,
+        m: int = 16,
+        *,
+        naive: bool = False,
+        limits: tuple[float, float] | None = None,
+        seed: int | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Images near the given ones that g is to get wrong, to be tried with `predict`.
+
+        How many of them it still gets right is what it seems to withstand: an upper bound on what it
+        does withstand, as certificates are a lower one.
+
+        Args:
+            x: (k, *shape) float32.
+            y: (k,) int64, their labels.
+            adversary: `PGD` or `DDN`.
+            m: samples of noise for each image, the same in all of the adversary's steps.
+            naive: attack the model under noise instead, see `smoothed`.
+            limits: of pixels.
+            seed: of the noise, 0 or above; None draws one.
+            ids: the images' numbers, so that each has noise of its own; None: 0 .. k - 1.
+
+        Returns:
+            (k, *shape) float32, on the model's device.
+
+        Raises:
+            InputError: as `predict`.
+        """
+        _check(0.5, m=m)
+        x, seeds = self._examined(x, seed, ids)
+        found = torch.empty_like(x)
+        for i, image in enumerate(x):
+            noise = image.new_empty(1, m, *image.shape).normal_(
+                std=self.noise.sigma, generator=generator(seeds[i], x.device)
+            )
+            averaged = smoothed(self._scores, noise, naive=naive)
+            found[i] = adversary(averaged, image[None], y[i : i + 1].to(x.device), limits=limits)[0]
+        return found
+
     def batch_size(self, shape: Sequence[int]) -> int:
         """How many noisy copies of such images go through the model at once; found by trial, once."""
         if self._batch is None:
@@ -237,7 +282,7 @@ class SmoothedClassifier:
         Raises:
             InputError: it gives something else than (n, classes) scores.
         """
-        scores = self._model(images if self._dtype is None else images.to(self._dtype))
+        scores = self._scores(images)
         if scores.shape != (len(images), self.classes):
             raise InputError(
                 f"the model maps {len(images)} images to {tuple(scores.shape)}, expected scores "
@@ -245,6 +290,10 @@ class SmoothedClassifier:
             )
         found: Tensor = scores.argmax(dim=1)
         return found
+
+    def _scores(self, images: Tensor) -> Tensor:
+        scores: Tensor = self._model(images if self._dtype is None else images.to(self._dtype))
+        return scores
 
     def _spread(
         self,
@@ -254,6 +303,24 @@ class SmoothedClassifier:
         answer: Callable[[Counter], T],
     ) -> list[T]:
         """Answers for parts of the images; on a CPU as many parts as torch has threads, each on one."""
+        x, seeds = self._examined(x, seed, ids)
+        count = min(torch.get_num_threads(), len(x)) if self._device.type == "cpu" else 1
+        edges = [len(x) * i // max(count, 1) for i in range(max(count, 1) + 1)]
+        parts = [slice(*edge) for edge in itertools.pairwise(edges)]
+        batch = self.batch_size(x.shape[1:])
+
+        def work(part: slice) -> T:
+            counter = Counter(self.labels, self.classes, self.noise, x[part], seeds[part], batch)
+            return answer(counter)
+
+        if len(parts) == 1:
+            return [work(parts[0])]
+        return list(workers(torch.get_num_threads()).map(work, parts))
+
+    def _examined(
+        self, x: Tensor, seed: int | None, ids: Sequence[int] | None
+    ) -> tuple[Tensor, list[np.random.SeedSequence]]:
+        """Images where the model is, and a seed for each. Raises as `predict`."""
         if x.ndim < 2 or not x.is_floating_point():
             raise InputError(
                 f"images must be floating point, (k, *shape), got {x.dtype} {tuple(x.shape)}; a single "
@@ -268,19 +335,7 @@ class SmoothedClassifier:
             raise InputError(f"seed must be at least 0, got {seed}")
         x = x.detach().to(self._device, torch.float32)
         entropy = np.random.SeedSequence(seed).entropy  # None: from the system
-        seeds = [np.random.SeedSequence(entropy, spawn_key=(int(number),)) for number in numbers]
-        count = min(torch.get_num_threads(), len(x)) if self._device.type == "cpu" else 1
-        edges = [len(x) * i // max(count, 1) for i in range(max(count, 1) + 1)]
-        parts = [slice(*edge) for edge in itertools.pairwise(edges)]
-        batch = self.batch_size(x.shape[1:])
-
-        def work(part: slice) -> T:
-            counter = Counter(self.labels, self.classes, self.noise, x[part], seeds[part], batch)
-            return answer(counter)
-
-        if len(parts) == 1:
-            return [work(parts[0])]
-        return list(workers(torch.get_num_threads()).map(work, parts))
+        return x, [np.random.SeedSequence(entropy, spawn_key=(int(number),)) for number in numbers]
 
 
 def _of(counts: npt.NDArray[np.int64], chosen: Labels) -> Labels:

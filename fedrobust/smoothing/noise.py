@@ -66,10 +66,7 @@ class Gaussian:
 
     def source(self, image: Tensor, seed: np.random.SeedSequence) -> Source:
         """See `Noise`."""
-        # A CPU's generator looks at the first 32 bits only, so that is all the seeds there are: enough
-        # for streams, one an image, and too few to begin a stream for every block.
-        generator = torch.Generator(image.device).manual_seed(int(seed.generate_state(1)[0]))
-        return _Floats(image, self.sigma, generator)
+        return _Floats(image, self.sigma, generator(seed, image.device))
 
     def error(self, size: int) -> float:
         """Not known: taken for 0."""
@@ -179,6 +176,15 @@ def _inverse(spread: float) -> _Inverse:
     begin = np.searchsorted(thresholds, fronts, side="right")
     end = np.searchsorted(thresholds, fronts + np.uint64(2**48 - 1), side="right")
     return _Inverse(-reach, thresholds, (begin - reach).astype(np.int16), begin != end)
+
+
+def generator(seed: np.random.SeedSequence, device: torch.device) -> torch.Generator:
+    """A stream of random numbers on a device.
+
+    A CPU's generator looks at 32 bits of a seed only, so that is all the seeds there are: enough for
+    streams, one an image, and too few to begin a stream for every block.
+    """
+    return torch.Generator(device).manual_seed(int(seed.generate_state(1)[0]))
 
 
 def _check(sigma: float) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from fedrobust_server.drawing import Vector
 from fedrobust_server.schedule import NONE
 
 from fedrobust.trials import Summary, Trial, summary
@@ -56,6 +59,37 @@ class Arena:
             if figure in trial.figures and trial.setting["malicious"]:
                 rows[trial.setting["rule"]].append(trial.figures[figure])
         return {rule: summary(values) for rule, values in rows.items()}
+
+    def certified(self) -> dict[tuple[str, str], Certified]:
+        """For each rule and attack how robust the models are, where that was asked."""
+        found: dict[tuple[str, str], list[Trial]] = {}
+        for trial in self.trials:
+            if "certified" in trial.figures:
+                key = trial.setting["rule"], trial.setting["attack"]
+                found.setdefault(key, []).append(trial)
+        return {key: Certified.of(trials) for key, trials in found.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Certified:
+    """Several seeds' certified accuracy.
+
+    Attributes:
+        radii: (k,) of the curve.
+        accuracy: (k,) the mean over the seeds.
+        average_radius: the average certified radius.
+    """
+
+    radii: Vector
+    accuracy: Vector
+    average_radius: Summary
+
+    @classmethod
+    def of(cls, trials: Sequence[Trial]) -> Certified:
+        """Of runs that differ in the seed alone."""
+        curves: Any = [trial.figures["certified"] for trial in trials]
+        radii, accuracy = np.mean(np.array(curves, float), axis=0).T
+        return cls(radii, accuracy, summary(trial.figures["average_radius"] for trial in trials))
 
 
 def arenas(trials: Sequence[Trial]) -> list[Arena]:

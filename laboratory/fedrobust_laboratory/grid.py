@@ -18,6 +18,7 @@ from fedrobust_server.config import RunConfig
 from fedrobust import InputError
 from fedrobust.text import choose
 from fedrobust.training import Task
+from fedrobust_laboratory.certification import parse_plan
 
 NO_ATTACK = "none"
 """In the place of an attack: nobody is malicious."""
@@ -45,6 +46,8 @@ class Grid:
             within a table.
         insiders: whether malicious clients hold a part of the data as the others do; otherwise the
             others divide everything, and malicious ones hold samples of it.
+        certify: how the last model of every run is certified, as text, such as
+            "plan(sigma=0.5, n=10000, every=20)"; empty: not at all.
         evaluations: how often a run's model is judged on the way, apart from its last five rounds.
         published: accuracies to be shown beside those of runs with the same values, as rows with some
             of the keys and `accuracy`, and perhaps `spread`, in percent. One that names no attack is of
@@ -54,6 +57,7 @@ class Grid:
     title: str
     tables: Sequence[Mapping[str, Sequence[Any]]] = ({},)
     insiders: bool = True
+    certify: str = ""
     evaluations: int = 10
     published: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
@@ -65,7 +69,7 @@ class Grid:
             InputError: an unknown key (the known ones are listed), a value of a wrong kind, or an empty
                 list.
         """
-        known = ("title", "run", "insiders", "evaluations", "published")
+        known = ("title", "run", "insiders", "certify", "evaluations", "published")
         for key in values:
             choose(key, known, "key of a grid")
         run = values.get("run", {})
@@ -94,11 +98,13 @@ class Grid:
         outsiders = 0 if self.insiders else malicious
         chosen = {**given, "attack": attack, "malicious": malicious, "outsiders": outsiders}
         config = configuration(chosen)
-        return {**_plain(config.task, _TASK), **_plain(config, _RUN), "attack": attack}
+        setting = {**_plain(config.task, _TASK), **_plain(config, _RUN), "attack": attack}
+        return {**setting, "certify": repr(parse_plan(self.certify))} if self.certify else setting
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    for key, kind in (("title", str), ("insiders", bool), ("evaluations", int), ("published", list)):
+    kinds = {"title": str, "insiders": bool, "certify": str, "evaluations": int, "published": list}
+    for key, kind in kinds.items():
         if not isinstance(values.get(key, kind()), kind):
             raise InputError(f"{key} of a grid must be {kind.__name__}, got {values[key]!r}")
     for entry in values.get("published", ()):

@@ -15,20 +15,25 @@ from torch import Tensor, nn
 from fedrobust import InputError, Verdict
 from fedrobust.attacks import Targeted, parse_attack, success_rate
 from fedrobust.data import Dataset
+from fedrobust.smoothing import Log, certified_accuracy
 from fedrobust.training import client_name, load_vector
+from fedrobust_laboratory.certification import Plan
 from fedrobust_laboratory.play import Played, play
 
 LAST = 5
 """Over so many rounds at the end accuracy is averaged."""
 
 
-def measure(config: RunConfig, dataset: Dataset, evaluations: int) -> dict[str, Any]:
+def measure(
+    config: RunConfig, dataset: Dataset, evaluations: int, plan: Plan | None = None
+) -> dict[str, Any]:
     """Play a run and measure it.
 
     Args:
         config: of the run.
         dataset: that its task names.
         evaluations: how often the model is judged on the way.
+        plan: how the last model is certified; None: not at all.
 
     Returns:
         accuracy: of the last model, 0 .. 1.
@@ -46,6 +51,8 @@ def measure(config: RunConfig, dataset: Dataset, evaluations: int) -> dict[str, 
         rounds_exceeded: the fraction of rounds with the verdict "bound exceeded".
         rounds_skipped: the fraction of rounds that did not move the model.
         curve: [round, accuracy] of the rounds in which the model was judged.
+        average_radius: the average certified radius; this and the next only with a plan.
+        certified: [radius, certified accuracy], in steps of a tenth of sigma.
 
     Raises:
         InputError: the run cannot begin, or no round had enough clients for the rule.
@@ -74,7 +81,17 @@ def measure(config: RunConfig, dataset: Dataset, evaluations: int) -> dict[str, 
     if config.malicious and isinstance(attack, Targeted):
         with contextlib.suppress(InputError):  # a label flip that aims at no class
             figures["success"] = success_rate(module, attack, dataset.test_x, dataset.test_y)
+    if plan is not None:
+        figures |= _certified(module, dataset, plan)
     return figures
+
+
+def _certified(module: nn.Module, dataset: Dataset, plan: Plan) -> dict[str, Any]:
+    classifier = plan.classifier(dataset.normalisation.of_pixels(module), dataset.classes)
+    log = Log.of(plan.ask(classifier, dataset, range(0, len(dataset.test_y), plan.every)))
+    radii = plan.sigma * np.arange(41) / 10
+    curve = zip(radii.tolist(), certified_accuracy(log, radii).tolist(), strict=True)
+    return {"average_radius": log.average_radius, "certified": list(curve)}
 
 
 def predictions(module: nn.Module, x: Tensor, batch: int = 256) -> Tensor:

@@ -19,6 +19,7 @@ from fedrobust.trials import Summary, Trial
 from fedrobust.trials import table as markdown
 from fedrobust_laboratory.findings import Arena, arenas, ranked
 from fedrobust_laboratory.grid import Grid
+from fedrobust_laboratory.radii import STEP, radii_panels
 
 _SHOWN = (
     ("malicious_weight", "weight of malicious clients", 100.0, "%"),
@@ -71,6 +72,12 @@ def write(trials: Sequence[Trial], grid: Grid, folder: Path, command: str) -> Pa
         (folder / "plots" / f"arena-{number}.png").write_bytes(drawing.to_png(figure))
         what = f"Accuracy of each rule under each attack: {arena.label or grid.title}"
         pictures.append({"label": arena.label, "svg": embedded(figure, f"arena{number}", what)})
+    certified = {arena.label: _curves(arena) for arena in fields if arena.certified()}
+    if certified:
+        figure = radii_panels(certified)
+        (folder / "plots" / "certified.png").write_bytes(drawing.to_png(figure))
+        what = "Certified accuracy against radius, for each rule and attack"
+        pictures.append({"label": "certified accuracy", "svg": embedded(figure, "certified", what)})
     figure = worst_figure(fields)
     (folder / "plots" / "worst.png").write_bytes(drawing.to_png(figure))
     worst = embedded(figure, "worst", "Accuracy of each rule under its worst attack")
@@ -110,9 +117,14 @@ def tables(trials: Sequence[Trial], grid: Grid) -> list[Table]:
         found.append(_cells(arena, "success", "Success of attacks with an aim", _SUCCESS))
         found.append(_cells(arena, "worst_class", "Accuracy on the worst class", _WORST_CLASS))
         found.append(_cells(arena, "honest_lost", "Honest clients that hardly count", _LOST))
-    found += [_beside(arena) for arena in fields]
+    found += [_beside(arena) for arena in fields] + [_certified(arena) for arena in fields]
     found += [_published(trials, grid), _refused(trials)]
     return [table for table in found if table.rows]
+
+
+def _curves(arena: Arena) -> dict[str, tuple[drawing.Vector, drawing.Vector]]:
+    found = arena.certified()
+    return {f"{rule}, {attack}": (c.radii, c.accuracy) for (rule, attack), c in found.items()}
 
 
 _ACCURACY = (
@@ -120,6 +132,10 @@ _ACCURACY = (
 )
 _SUCCESS = "Percent of the attack's images that the last model gives the label that the attack wants."
 
+_CERTIFIED = (
+    "Percent of the test images that the smoothed last model gets right with at least such an l2 "
+    "radius, in pixels; mean over the seeds."
+)
 _WORST_CLASS = "Percent of the test examples of the class on which the last model does worst."
 _LOST = (
     "Percent of the honest clients with less than half an equal share of the weight; mean over the "
@@ -172,6 +188,21 @@ def _beside(arena: Arena) -> Table:
     )
     attacked = any(trial.setting["malicious"] for trial in arena.trials)
     return Table(_titled("Beside the accuracy", arena), caption, header, rows if attacked else [])
+
+
+def _certified(arena: Arena) -> Table:
+    found = arena.certified()
+    last = max((float(c.radii[-1]) for c in found.values()), default=0.0)
+    radii = STEP * np.arange(int(last / STEP) + 1)
+    rows = []
+    for (rule, attack), certified in found.items():
+        values = 100 * np.interp(radii, certified.radii, certified.accuracy)
+        radius = certified.average_radius
+        spread = f" ± {radius.spread:.3f}" if radius.count > 1 else ""
+        cells = [f"{radius.mean:.3f}{spread}", *(f"{value:.1f}" for value in values)]
+        rows.append([f"`{rule}`, {attack}", *cells])
+    header = ["rule, attack", "average radius", *(f"{r:g}" for r in radii)]
+    return Table(_titled("Certified accuracy", arena), _CERTIFIED, header, rows)
 
 
 def _published(trials: Sequence[Trial], grid: Grid) -> Table:

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from fedrobust_clients.malicious import Coalition, Threat
@@ -20,6 +21,7 @@ from fedrobust_server import round as machine
 from fedrobust_server.config import RunConfig
 from fedrobust_server.quarantine import evidence, parse_policy
 from fedrobust_server.record import by_client
+from fedrobust_server.runs import read_checkpoint
 from fedrobust_server.schedule import parse_schedule
 from torch import Tensor
 
@@ -29,7 +31,7 @@ from fedrobust.data import Dataset
 from fedrobust.kernels import Block, Vector
 from fedrobust.optimisers import parse_optimiser
 from fedrobust.rules import CoordinateWise
-from fedrobust.training import Learner, Shared, client_name, to_vector, updates
+from fedrobust.training import Learner, Shared, client_name, load_vector, to_vector, updates
 
 _NON_FINITE = machine.Fault(Status.STATUS_NON_FINITE, "the update holds values that are not finite")
 
@@ -71,6 +73,8 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
         InputError: the task does not fit the dataset, or the attack does not fit the task.
     """
     shared = Shared.of(config.task, dataset)
+    if config.initial:
+        load_vector(shared.module, read_checkpoint(Path(config.initial), shared.module))
     cast, table = Cast.of(config, dataset, shared), _Table(config, to_vector(shared.module))
     plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, config.task.seed)
     *others, last = map(client_name, range(config.task.clients))

@@ -18,10 +18,13 @@ from fedrobust_server.launch import start_ray
 from fedrobust import InputError
 from fedrobust.data import load
 from fedrobust.trials import Setting, Trial, read
+from fedrobust_laboratory.certification import parse_plan
 from fedrobust_laboratory.grid import AXES, Grid, configuration
 from fedrobust_laboratory.measure import measure
 
 TRIALS = "trials.jsonl"
+CURVES = ("curve", "certified")
+"""Figures that are not one number."""
 _load = cache(load)
 
 
@@ -97,8 +100,12 @@ def _run(planned: Trial, data_dir: Path | None, evaluations: int) -> Trial:
     torch.set_num_threads(1)
     began = time.perf_counter()
     try:
-        config = configuration({**planned.setting, "seed": planned.seed})
-        figures = measure(config, _load(config.task.dataset, data_dir), evaluations)
+        config, asked = (
+            configuration({**planned.setting, "seed": planned.seed}),
+            planned.setting.get("certify"),
+        )
+        plan = parse_plan(asked) if asked else None
+        figures = measure(config, _load(config.task.dataset, data_dir), evaluations, plan)
     except InputError as error:
         figures = {"refused": str(error)}
     return Trial(planned.setting, planned.seed, figures, time.perf_counter() - began)
@@ -107,7 +114,7 @@ def _run(planned: Trial, data_dir: Path | None, evaluations: int) -> Trial:
 def write_csv(trials: Sequence[Trial], path: Path) -> None:
     """A row a run: its values, those usually varied first, then its figures."""
     settings = [{**trial.setting, "seed": trial.seed} for trial in trials]
-    figures = [{k: v for k, v in trial.figures.items() if k != "curve"} for trial in trials]
+    figures = [{k: v for k, v in trial.figures.items() if k not in CURVES} for trial in trials]
     keys = dict.fromkeys([*AXES, *(key for setting in settings for key in setting)])
     names = dict.fromkeys(key for row in figures for key in row)
     with path.open("w", newline="") as file:

@@ -32,6 +32,8 @@ class RunConfig(Textual):
         limits: what callers may take of the server.
         rule: how updates are combined, as text.
         eps: the malicious fraction assumed where the rule does not name one, in [0, 0.5).
+        initial: a checkpoint of the same model that the federation starts from, such as one that was
+            trained before; empty: parameters drawn by the task's seed.
         rounds: how many rounds.
         start: how many clients must be present before the first round; 0 waits for all of the task.
         sample: the fraction of the present clients asked in a round, in (0, 1].
@@ -63,6 +65,7 @@ class RunConfig(Textual):
     limits: Limits = field(default_factory=Limits)
     rule: str = "filter"
     eps: float = 0.2
+    initial: str = ""
     rounds: int = 30
     start: int = 0
     sample: float = 1.0

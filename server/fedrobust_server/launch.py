@@ -32,7 +32,7 @@ from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import Coordinator, RoundReport
 from fedrobust_server.metrics import Metrics
 from fedrobust_server.round import KEEPS_TURN
-from fedrobust_server.runs import RunFolder
+from fedrobust_server.runs import RunFolder, read_checkpoint
 from fedrobust_server.shards import Shards
 from fedrobust_server.spool import Floats
 
@@ -191,6 +191,8 @@ def federation(
         standing = ledger.standing(KEEPS_TURN)
         if standing is not None and standing.state:
             state = folder.load_state(standing.state_round, standing.state, vectors, size)
+        elif config.initial:
+            state = optimiser.begin(read_checkpoint(Path(config.initial), module)).numpy()
         if standing is not None and not standing.closed:
             folder.check_spool(standing, size, shared=config.gateways > 1)
         with start_ray(ray_address):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from blake3 import blake3
 from fedrobust_proto.v1 import vectors
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from fedrobust import InputError
-from fedrobust.training import Manifest, split_vector
+from fedrobust.training import Manifest, manifest, split_vector
 from fedrobust_server.config import RunConfig
 from fedrobust_server.ledger import Ledger, Standing
 from fedrobust_server.spool import Floats, Spool
@@ -173,21 +175,42 @@ class RunFolder:
             )
         return values.reshape(vectors, size)
 
-    def checkpoint(self, number: int, model: Floats, manifest: Manifest) -> None:
+    def checkpoint(self, number: int, model: Floats, names: Manifest) -> None:
         """Save the model after a round as named tensors; a crash leaves the file whole or absent."""
-        tensors = {
-            name: tensor.contiguous()
-            for name, tensor in split_vector(torch.from_numpy(model), manifest).items()
-        }
         path = self.path / "checkpoints" / f"round-{number:06d}.safetensors"
-        save_file(tensors, _unfinished(path), metadata={"round": str(number)})
-        _finish(path)
+        save_tensors(path, split_vector(torch.from_numpy(model), names), {"round": str(number)})
 
     def _spool(self, number: int) -> Path:
         return self.path / "spool" / f"round-{number:06d}.rows"
 
     def _state(self, number: int) -> Path:
         return self.path / "state" / f"round-{number:06d}.f32"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write named tensors, with a few words about them; a crash leaves the file whole or absent."""
+    save_file({k: v.contiguous() for k, v in tensors.items()}, _unfinished(path), dict(about))
+    _finish(path)
+
+
+def read_checkpoint(path: Path, module: nn.Module) -> Tensor:
+    """(d,) float32: the parameters of a module's kind that a file of named tensors holds.
+
+    Raises:
+        InputError: the file cannot be read, or is of another model.
+    """
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read the checkpoint {path}: {error}") from None
+    names = manifest(module)
+    if {name: tuple(value.shape) for name, value in found.items()} != dict(names):
+        raise InputError(
+            f"the checkpoint {path} is of another model: it holds "
+            f"{', '.join(f'{name} {tuple(value.shape)}' for name, value in found.items())}; expected "
+            f"{', '.join(f'{name} {shape}' for name, shape in names)}"
+        )
+    return torch.cat([found[name].reshape(-1).to(torch.float32) for name, _ in names])
 
 
 def _unfinished(path: Path) -> Path:

@@ -1,0 +1,257 @@
+"""Certifies a trained model, or attacks it, image by image on Ray, into a log that can be gone on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import tomlkit
+import torch
+from fedrobust_server.launch import start_ray
+from fedrobust_server.runs import read_checkpoint
+from ray.util import ActorPool
+from torch import Tensor, nn
+
+from fedrobust import InputError
+from fedrobust.data import Dataset, load
+from fedrobust.smoothing import Entry, RoundedGaussian, SmoothedClassifier, begun, parse_adversary
+from fedrobust.text import Textual, choose, parse
+from fedrobust.training import load_vector, parse_model
+from fedrobust_laboratory.central import Trained
+
+_COPIES = 20_000
+"""So many noisy copies make a piece of work that is worth sending to another process."""
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Textual):
+    """What is asked about every image.
+
+    Attributes:
+        sigma: the noise's standard deviation, above 0, in pixels.
+        n0: noisy copies that choose the class of an image.
+        n: noisy copies that bound the class's probability; with an attack, that predict.
+        alpha: how often an answer may be wrong, in (0, 1).
+        every: only each so-manieth test image, at least 1.
+        radius: certify this radius only, with as few copies as that takes; -1: the largest one.
+        noise: "gaussian", or "rounded" to whole levels of 8 bits, which floating-point rounding cannot
+            be used against.
+        precision: "float32", or "bfloat16": then that network is the one that is certified.
+        attack: in the place of certifying, attack as this says, "pgd(0.5, steps=20)" or "ddn(0.5)", and
+            predict; an image that withstands it has its eps for a radius.
+        m: samples of noise that the attack looks at.
+        naive: whether the attack is on the model under noise, rather than on the smoothed classifier.
+        seed: of the noise, 0 or above.
+    """
+
+    name = "plan"
+
+    sigma: float = 0.25
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+    every: int = 1
+    radius: float = -1.0
+    noise: str = "gaussian"
+    precision: str = "float32"
+    attack: str = ""
+    m: int = 16
+    naive: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.sigma > 0, f"sigma must be above 0, got {self.sigma}")
+        for name in ("n0", "n", "every", "m"):
+            self.require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        self.require(0 < self.alpha < 1, f"alpha must be in (0, 1), got {self.alpha}")
+        self.require(self.seed >= 0, "seed must be at least 0")
+        choose(self.noise, ("gaussian", "rounded"), "noise")
+        choose(self.precision, ("float32", "bfloat16"), "precision")
+        if self.attack:
+            parse_adversary(self.attack)
+
+    def classifier(self, model: nn.Module, classes: int) -> SmoothedClassifier:
+        """The smoothed classifier that is asked."""
+        noise = RoundedGaussian(self.sigma) if self.noise == "rounded" else self.sigma
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else None
+        return SmoothedClassifier(model, noise, classes, dtype=dtype)
+
+    def ask(
+        self, classifier: SmoothedClassifier, dataset: Dataset, numbers: Sequence[int]
+    ) -> list[Entry]:
+        """What is found about some of the test images.
+
+        Args:
+            classifier: of pixels.
+            dataset: whose test images they are.
+            numbers: of them.
+        """
+        began, which = time.perf_counter(), list(numbers)
+        x, y = dataset.normalisation.pixels(dataset.test_x[which]), dataset.test_y[which]
+        if self.noise == "rounded":
+            x = (x * 255).round() / 255
+        if self.attack:
+            label, radius = self._attacked(classifier, dataset, x, y, which)
+        elif self.radius >= 0:
+            found = classifier.certify_at(
+                x, self.radius, self.n0, self.n, self.alpha, seed=self.seed, ids=which
+            )
+            label, radius = found.label, found.radius
+        else:
+            found = classifier.certify(x, self.n0, self.n, self.alpha, seed=self.seed, ids=which)
+            label, radius = found.label, found.radius
+        each = (time.perf_counter() - began) / len(which)
+        rows = zip(which, y.tolist(), label.tolist(), radius.tolist(), strict=True)
+        return [Entry(*row, each) for row in rows]
+
+    def _attacked(
+        self, classifier: SmoothedClassifier, dataset: Dataset, x: Tensor, y: Tensor, which: list[int]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        adversary, limits = parse_adversary(self.attack), dataset.normalisation.limits
+        x = classifier.attacked(
+            x, y, adversary, self.m, naive=self.naive, limits=limits, seed=self.seed, ids=which
+        )
+        if self.noise == "rounded":
+            x = (x * 255).round() / 255
+        label = classifier.predict(x, self.n, self.alpha, seed=self.seed, ids=which)
+        return label, np.where(label == y.numpy(), adversary.eps, 0.0)
+
+
+def parse_plan(text: str) -> Plan:
+    """Read `plan(sigma=0.5, n=10000, every=20)`.
+
+    Raises:
+        InputError: the text is no plan, or an argument is wrong.
+    """
+    return parse(text, {"plan": Plan}, "plan")
+
+
+def certify(
+    trained: Trained,
+    plan: Plan,
+    log: Path,
+    data_dir: Path | None = None,
+    ray_address: str | None = None,
+    watch: Callable[[Entry], None] = lambda _entry: None,
+) -> None:
+    """Ask about the test images, as many at a time as Ray has processors, and write down every answer.
+
+    The answers are the same whatever the number of processes; a log that was cut short is gone on with.
+
+    Args:
+        trained: the model.
+        plan: what is asked.
+        log: the file, in the columns of Cohen et al. 2019; beside it, with the ending `.toml`, is
+            written what it is a log of.
+        data_dir: where datasets are; None reads FEDROBUST_DATA.
+        ray_address: a Ray cluster to join; None starts one on this machine.
+        watch: is told of every new entry.
+
+    Raises:
+        InputError: the data or the model is not there, or the log is of something else.
+    """
+    asked = _Asked(trained, plan, data_dir)
+    _claim(log, {**dataclasses.asdict(plan), "model": asked.digest, "dataset": trained.dataset})
+    known = begun(log)
+    left = [i for i in range(0, len(asked.dataset.test_y), plan.every) if i not in known]
+    if not left:
+        return
+    with log.open("a", encoding="utf-8") as file, start_ray(ray_address):
+        for entries in _answers(asked, left):
+            file.writelines(f"{entry.line()}\n" for entry in entries)
+            file.flush()
+            for entry in entries:
+                watch(entry)
+
+
+def _claim(log: Path, about: dict[str, Any]) -> None:
+    path, text = log.with_suffix(".toml"), tomlkit.dumps(about)
+    if path.exists() and path.read_text() != text:
+        raise InputError(
+            f"{log} is a log of another model or plan, see {path}; choose another file with --to"
+        )
+    if not path.exists() and log.exists():
+        raise InputError(f"{log} is no log of ours to go on with; choose another file with --to")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model and a plan, which each process builds for itself."""
+
+    trained: Trained
+    plan: Plan
+    data_dir: Path | None
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return load(self.trained.dataset, self.data_dir)
+
+    @cached_property
+    def vector(self) -> Tensor:
+        return read_checkpoint(self.trained.checkpoint, self._module())
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.vector.numpy().tobytes()).hexdigest()
+
+    def _module(self) -> nn.Module:
+        return parse_model(self.trained.model)(
+            self.dataset.shape, self.dataset.classes, self.trained.seed
+        )
+
+    @cached_property
+    def classifier(self) -> SmoothedClassifier:
+        module = self._module()
+        load_vector(module, self.vector)
+        module = self.dataset.normalisation.of_pixels(module)
+        module.to("cuda" if torch.cuda.is_available() else "cpu")
+        return self.plan.classifier(module, self.dataset.classes)
+
+
+class _Asker:
+    """A process that answers."""
+
+    def __init__(self, asked: _Asked) -> None:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        self._asked = asked
+
+    def ask(self, numbers: Sequence[int]) -> list[Entry]:
+        return self._asked.plan.ask(self._asked.classifier, self._asked.dataset, numbers)
+
+
+def _answers(asked: _Asked, numbers: Sequence[int]) -> Iterator[list[Entry]]:
+    """In the numbers' order."""
+    _ = asked.vector  # read once, here: other machines may not have the file
+    data_dir = None if asked.data_dir is None else asked.data_dir.resolve()
+    sent = _Asked(asked.trained, asked.plan, data_dir)
+    sent.__dict__["vector"] = asked.vector
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = int(resources.get("GPU", 0))
+    remote: Any = ray.remote(
+        num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0, max_restarts=3, max_task_retries=3
+    )
+    asker = remote(_Asker)
+    size = max(1, _COPIES // (asked.plan.n0 + asked.plan.n))
+    parts = [list(part) for part in _batched(numbers, size)]
+    count = min(gpus or int(resources.get("CPU", 1)), len(parts))
+    pool = ActorPool([asker.remote(sent) for _ in range(count)])
+    yield from pool.map(lambda actor, part: actor.ask.remote(part), parts)
+
+
+def _batched(numbers: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    left = iter(numbers)
+    while part := tuple(itertools.islice(left, size)):
+        yield part

@@ -1,0 +1,126 @@
+"""Certified accuracy against radius: the table and the figure of certification logs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from fedrobust_server import drawing
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from fedrobust.smoothing import Log, certified_accuracy, envelope
+from fedrobust.trials import table
+
+Floats = npt.NDArray[np.float64]
+STEP = 0.25
+"""Between the radii of a table."""
+
+
+def radii_table(logs: Mapping[str, Log]) -> str:
+    """Markdown: each log's certified accuracy in percent by radius, its average radius, abstentions.
+
+    Several logs have a last row, the best of them at each radius.
+    """
+    last = max(float(log.radius.max(initial=0.0)) for log in logs.values())
+    radii = STEP * np.arange(math.floor(last / STEP) + 1)
+    rows = [
+        [
+            name,
+            *_percent(certified_accuracy(log, radii)),
+            f"{log.average_radius:.3f}",
+            f"{100 * log.abstained:.1f}",
+            len(log),
+        ]
+        for name, log in logs.items()
+    ]
+    if len(logs) > 1:
+        rows.append(["best at each radius", *_percent(envelope(list(logs.values()), radii)), "", "", ""])
+    header = ["certified accuracy, %, at radius", *(f"{r:g}" for r in radii)]
+    return table([*header, "average radius", "abstained, %", "images"], rows)
+
+
+def _percent(values: Floats) -> list[str]:
+    return [f"{100 * value:.2f}".rstrip("0").rstrip(".") for value in values]
+
+
+def radii_figure(logs: Mapping[str, Log], attacked: Mapping[str, Sequence[Log]] | None = None) -> Figure:
+    """Certified accuracy against radius, a line a log.
+
+    Args:
+        logs: by the name to show.
+        attacked: likewise, logs of attacks, one for each eps: what is withstood is drawn as a dotted
+            line in the colour of the log of the same name.
+    """
+    figure = Figure(
+        figsize=(drawing.WIDTH, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.1), facecolor="white"
+    )
+    axes = figure.add_subplot()
+    keys = []
+    for number, (name, log) in enumerate(logs.items()):
+        style = drawing.STYLES[number % len(drawing.STYLES)]
+        keys.append(_curve(axes, name, _steps(log), style))
+        if attacked and name in attacked:
+            found = sorted((float(a.radius.max()), float(a.correct.mean())) for a in attacked[name])
+            eps, withstood = zip(*found, strict=True)
+            (dots,) = axes.plot(
+                eps, withstood, ":", color=style.colour, marker=style.marker, markersize=5, linewidth=1.5
+            )
+            dots.set_label(drawing.plain(f"{name}, under attack", 60))
+            keys.append(dots)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("l2 radius", color=drawing.INK)
+    axes.tick_params(labelsize=9.5, colors=drawing.INK)
+    axes.grid(color=drawing.RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    drawing.percent(axes, "certified accuracy")
+    return drawing.finish(figure, keys)
+
+
+def radii_panels(panels: Mapping[str, Mapping[str, tuple[Floats, Floats]]]) -> Figure:
+    """Certified accuracy against radius, a panel for each set-up, the same line for the same name.
+
+    Args:
+        panels: by title, then by name: radii and certified accuracy.
+    """
+    figure = Figure(
+        figsize=(max(drawing.WIDTH, 3.1 * len(panels)), 4.0),
+        layout=ConstrainedLayoutEngine(w_pad=0.1),
+        facecolor="white",
+    )
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    found = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    keys: dict[str, Artist] = {}
+    for axes, (title, lines) in zip(found, panels.items(), strict=True):
+        for name, (radii, accuracy) in lines.items():
+            style = drawing.STYLES[names.index(name) % len(drawing.STYLES)]
+            keys[name] = drawing.line(axes, radii.tolist(), accuracy, style, drawing.plain(name, 60))
+        axes.set_title(drawing.plain(title, 40), loc="left", fontsize=10, color=drawing.INK)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("l2 radius", color=drawing.INK)
+        axes.tick_params(labelsize=9, colors=drawing.INK)
+        axes.grid(color=drawing.RULE, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawing.percent(found[0], "certified accuracy")
+    return drawing.finish(figure, list(keys.values()))
+
+
+def _steps(log: Log) -> tuple[Floats, Floats]:
+    """The radii at which certified accuracy falls, and what it is up to each."""
+    radii = np.unique(np.append(log.radius[log.correct], 0.0))
+    radii = np.append(radii, radii[-1] * (1 + 1e-9))
+    return radii, certified_accuracy(log, radii)
+
+
+def _curve(axes: Axes, name: str, steps: tuple[Floats, Floats], style: drawing.Style) -> Artist:
+    radii, accuracy = steps
+    (line,) = axes.step(
+        radii, accuracy, where="pre", color=style.colour, linestyle=style.dashes, linewidth=1.8
+    )
+    line.set_label(drawing.plain(name, 60))
+    return line

@@ -13,6 +13,9 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+import ray
+
+from fedrobust.cli import main
 
 JOIN = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR')"
 
@@ -106,3 +109,17 @@ def answer(address: str, secret: str) -> grpc.StatusCode:
             code: grpc.StatusCode = error.code()
             return code
     return grpc.StatusCode.OK
+
+
+def test_a_machine_too_busy_for_ray_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could be anything.")  # noqa: TRY002
+
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert main(["compare", "--rounds", "1", "--to", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert "Ray does not start: The current node timed out during startup; this machine may be" in told
+    assert told.count("\n") == 1

@@ -1,0 +1,188 @@
+"""`fedrobust train` and `certify` as users run them: killed, gone on with, and fed with nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from fedrobust_laboratory.central import Trained, train_in
+from fedrobust_laboratory.certification import Plan, certify
+from fedrobust_laboratory.grid import configuration, read_grid
+from fedrobust_laboratory.measure import measure
+from fedrobust_laboratory.play import play
+from fedrobust_server.config import RunConfig
+from fedrobust_server.runs import read_checkpoint
+from safetensors.torch import load_file
+
+from fedrobust.cli import main
+from fedrobust.data import load
+from fedrobust.errors import InputError
+from fedrobust.smoothing import read_log
+from fedrobust.training import Course, Task
+
+from .processes import COMMAND
+
+COURSE = Course("digits", "lenet(4)", "gaussian(0.25)", epochs=8)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "digits"
+    train_in(folder, COURSE)
+    return folder
+
+
+def test_training_that_was_killed_goes_on_to_the_same_model(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    command = [*COMMAND, "train", "--dataset", "digits", "--model", "lenet(4)", "--objective"]
+    command += ["gaussian(0.25)", "--epochs", "8", "--to", str(folder), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["epoch"] == 1
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not list(folder.glob("checkpoints/*"))
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[0]["epoch"] > 1
+    assert lines[-1]["accuracy"] > 0.8
+    twin, ours = (load_file(f / "checkpoints" / "epoch-000008.safetensors") for f in (trained, folder))
+    assert twin.keys() == ours.keys()
+    assert all(torch.equal(twin[name], ours[name]) for name in twin)
+
+
+def test_certifying_that_was_killed_goes_on_to_the_same_log(trained: Path, tmp_path: Path) -> None:
+    """Also: a log does not depend on how many processes answer."""
+    once, killed = tmp_path / "once.tsv", tmp_path / "killed.tsv"
+    plan, model = Plan(sigma=0.25, n=5000, every=9), Trained.find(trained)
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        certify(model, plan, once)
+    finally:
+        ray.shutdown()
+    command = [*COMMAND, "certify", str(trained), "--sigma", "0.25", "--n", "5000", "--every", "9"]
+    command += ["--to", str(killed), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while not (killed.exists() and killed.read_text().count("\n") > 2):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "no image is certified"
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    with killed.open("a") as file:
+        file.write("9\t3\t")  # what a crash in the middle of a line leaves
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+
+    def entries(path: Path) -> list[str]:
+        return [line.rpartition("\t")[0] for line in path.read_text().splitlines()]
+
+    assert entries(killed) == entries(once)
+    log = read_log(once)
+    assert answer["images"] == len(log) == 40
+    assert answer["average_radius"] == log.average_radius > 0.2
+    assert log.idx.tolist() == list(range(0, 360, 9))
+
+
+def test_all_that_can_be_asked_is_answered(
+    ray_cluster: None, trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = {}
+    for name, asked in {
+        "full": [],
+        "early": ["--radius", "0.25"],
+        "rounded": ["--noise", "rounded", "--precision", "bfloat16"],
+        "attacked": ["--attack", "pgd(0.25, steps=5)", "--m", "4", "--naive"],
+    }.items():
+        log = tmp_path / f"{name}.tsv"
+        arguments = ["certify", str(trained), "--sigma", "0.25", "--n", "1000", "--every", "9", "--json"]
+        assert main([*arguments, *asked, "--to", str(log)]) == 0
+        found[name] = read_log(log)
+        assert json.loads(capsys.readouterr().out)["images"] == 40
+    certain = (found["full"].correct & (found["full"].radius >= 0.25)).mean()
+    assert abs((found["early"].correct & (found["early"].radius == 0.25)).mean() - certain) < 0.1
+    assert abs(found["rounded"].average_radius - found["full"].average_radius) < 0.03
+    assert certain <= found["attacked"].correct.mean() <= found["full"].correct.mean()
+    assert set(found["attacked"].radius) == {0.0, 0.25}
+    picture = tmp_path / "radii.png"
+    logs = [str(tmp_path / f"{name}.tsv") for name in ("full", "attacked")]
+    assert main(["certify", "--plot", logs[0], "--attacked", logs[1], "--to", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "| full |" in capsys.readouterr().out
+
+
+def test_a_federation_starts_from_a_checkpoint(trained: Path) -> None:
+    dataset, checkpoint = load("digits"), trained / "checkpoints" / "epoch-000008.safetensors"
+    task = Task(dataset="digits", model="lenet(4)", clients=4, lr=1e-6)
+    config = RunConfig(task=task, rounds=1, initial=str(checkpoint))
+    (played,) = play(config, dataset)
+    torch.testing.assert_close(played.model, read_checkpoint(checkpoint, task.build_model(dataset)))
+    other = RunConfig(task=Task(model="mlp(5)"), rounds=1, initial=str(checkpoint))
+    with pytest.raises(InputError, match="is of another model: it holds"):
+        next(play(other, dataset))
+    nothing = RunConfig(task=task, rounds=1, initial="none.safetensors")
+    with pytest.raises(InputError, match=r"cannot read the checkpoint none\.safetensors"):
+        next(play(nothing, dataset))
+
+
+def test_a_run_is_certified_as_it_was_trained(
+    ray_cluster: None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A simulated federation of SmoothAdv clients that starts from a trained model."""
+    checkpoint = trained / "checkpoints" / "epoch-000008.safetensors"
+    arguments = ["simulate", "--runs-dir", str(tmp_path), "--run", "r", "--model", "lenet(4)", "--json"]
+    arguments += ["--objective", "smoothadv(0.25, attack='pgd(0.25, steps=2)')", "--rounds", "3"]
+    assert main([*arguments, "--initial", str(checkpoint), "--clients", "4"]) == 0
+    capsys.readouterr()
+    assert main(["certify", str(tmp_path / "r"), "--n", "500", "--every", "30", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["certified_accuracy"]["0.0"] > 0.7
+    assert (tmp_path / "r" / "certified-0.25.tsv").is_file()
+
+
+def test_grids_certify_their_models(tmp_path: Path) -> None:
+    text = (
+        'certify = "plan(0.25, n=500, every=30)"\n[run]\nmodel = "lenet(4)"\nrounds = 2\nclients = 4\n'
+    )
+    (tmp_path / "grid.toml").write_text(text)
+    (setting,) = read_grid(str(tmp_path / "grid.toml")).settings()
+    assert setting["certify"] == "plan(n=500, every=30)"
+    figures = measure(configuration(setting), load("digits"), 1, Plan(n=500, every=30))
+    radii, accuracy = np.array(figures["certified"]).T
+    assert radii[-1] == 1.0
+    assert (np.diff(accuracy) <= 0).all()
+    assert 0 <= figures["average_radius"] <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["certify"], "say whose model"),
+        (["certify", "nowhere"], "cannot read the configuration nowhere/config.toml"),
+        (["certify", "{trained}", "--sigma", "0"], "sigma must be above 0, got 0.0"),
+        (["certify", "{trained}", "--every", "0"], "every must be at least 1"),
+        (["certify", "{trained}", "--noise", "pink"], "unknown noise 'pink'"),
+        (["certify", "{trained}", "--attack", "fgsm"], "unknown attack on images 'fgsm'"),
+        (["certify", "{trained}", "--checkpoint", "none"], "cannot read the checkpoint none"),
+        (["certify", "{trained}", "--to", "{trained}/config.toml"], "is a log of another model or plan"),
+        (["certify", "--plot", "none.tsv"], "cannot read none.tsv"),
+        (["train", "--epochs", "0"], "epochs must be at least 1"),
+        (["train", "--model", "vit"], "unknown model 'vit'"),
+        (["train", "--to", "{trained}"], "holds another training or run"),
+        (["train", "--from", "none", "--to", "{trained}/x"], "cannot read the checkpoint none"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(
+    trained: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.format(trained=trained) for argument in arguments]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1

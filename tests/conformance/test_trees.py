@@ -114,6 +114,16 @@ def test_the_same_paths_in_another_structure_are_another_form() -> None:
     assert list(result.value) == ["a.b"]
 
 
+def test_leaves_lie_in_their_order_in_most_updates() -> None:
+    """Where a rule looks at the last layer, that is the model's last, whatever the layers are called."""
+    trees = [{"features": vector(i), "classifier": vector(i + 10)} for i in range(9)]
+    trees[0] = dict(reversed(trees[0].items()))  # neither a client's own order decides
+    rows = np.array([np.concatenate([t["features"], t["classifier"]]) for t in trees])
+    found, expected = aggregate(trees, "last(4) | krum"), aggregate(rows, "last(4) | krum")
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert list(found.value) == ["features", "classifier"]
+
+
 @pytest.mark.parametrize(
     "tree",
     [
@@ -200,6 +210,7 @@ def test_counters_take_their_lower_median(kind: Any) -> None:
         np.array([["a"]]),
         [{}, {}],
         {"client": vector()},
+        {"client": {"w": vector()}},
         5,
         None,
     ],

@@ -30,7 +30,7 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build   # --quiet would let warnings pass
 
 lint: setup
 	$(BIN)/ruff check --quiet .

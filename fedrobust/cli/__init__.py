@@ -44,7 +44,7 @@ def _run(arguments: Sequence[str]) -> int:
         if not package or package.startswith("fedrobust") or package in sys.stdlib_module_names:
             raise
         raise InputError(
-            f"fedrobust {arguments[0]} needs {package}, which is not installed: "
+            f"{arguments[0]} needs the extra 'server' ({error.name} is not installed): "
             "pip install 'fedrobust[server]'"
         ) from error
     return code

@@ -87,8 +87,8 @@ def test_a_command_that_needs_the_server_says_so_in_one_line(
     code, line = answers[command]
     assert code == 2
     assert line.count("\n") == 1
-    assert f"fedrobust {command.partition(' ')[0]} needs " in line
-    assert line.rstrip().endswith("which is not installed: pip install 'fedrobust[server]'")
+    assert line.startswith(f"fedrobust: {command.partition(' ')[0]} needs the extra 'server' (")
+    assert line.rstrip().endswith("is not installed): pip install 'fedrobust[server]'")
 
 
 @pytest.mark.parametrize("command", ["--help", "redteam --help", "data"])

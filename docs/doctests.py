@@ -17,6 +17,10 @@ class Doctests(griffe.Extension):
         if obj.docstring:
             obj.docstring.value = _BLOCK.sub(_fenced, obj.docstring.value)
 
+    def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
+        """The package itself, for which the other is not called."""
+        self.on_object(obj=pkg)
+
 
 def _fenced(block: re.Match[str]) -> str:
     indent = block[1]

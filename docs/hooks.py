@@ -68,11 +68,16 @@ def page(module: str) -> str:
         for name in names
         if home.startswith(f"{module}.") and name in modules[module]
     }
-    own = [name for name in modules[module] if name not in homes]
-    lines = [f"# {module}", "", f"::: {module}", "    options:", f"      members: {own}"]
-    for name in own:
-        if path(module, name) != f"{module}.{name}":
-            lines += ["", f"::: {path(module, name)}", "    options: {show_root_heading: true}"]
+    paths = [path(module, name) for name in modules[module] if name not in homes]
+    paths.sort(key=lambda found: found.count("."), reverse=True)  # first what has a module of its name
+    lines = [
+        f"# {module}",
+        "",
+        f"::: {module}",
+        "    options: {members: false, show_root_toc_entry: false}",
+    ]
+    for found in paths:
+        lines += ["", f"::: {found}", "    options: {show_root_heading: true}"]
     if homes:
         lines += ["", "## From its packages", "", "| name | described in |", "| --- | --- |"]
         lines += [f"| [`{name}`][{home}.{name}] | `{home}` |" for name, home in sorted(homes.items())]

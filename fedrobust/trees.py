@@ -87,8 +87,11 @@ def tabulate(updates: Tree, reference: Tree = None) -> Table:
     kept = [i for i in range(len(read)) if i not in refused]
     if not kept:
         raise InputError(f"none of the {len(read)} updates is usable; the first {refused[0]}")
-    looks = [_look(trees[i]) for i in kept]
-    first = kept[looks.index(_commonest(looks))]
+    looks = {i: _look(trees[i]) for i in kept}
+    usual = _commonest(looks.values())
+    orders = {i: tuple(read[i]) for i in kept if looks[i] == usual}
+    ordered = _commonest(orders.values())
+    first = next(i for i, order in orders.items() if order == ordered)
     (model,), rows = _wellformed([read[first]]), _wellformed([read[i] for i in kept])
     floating = [path for path, leaf in model.items() if leaf.is_floating_point()]
     if not floating:
@@ -231,9 +234,9 @@ def _as_tensor(leaf: object, path: Path) -> Tensor:
 
 
 def _look(tree: Tree) -> Hashable:
-    """Containers, order of keys, dtypes and array library of a well-formed tree."""
+    """Containers, dtypes and array library of a well-formed tree."""
     if isinstance(tree, Mapping):
-        return dict, tuple((key, _look(tree[key])) for key in tree)
+        return dict, tuple((key, _look(tree[key])) for key in sorted(tree, key=str))
     if isinstance(tree, list | tuple):
         return type(tree), tuple(map(_look, tree))
     return isinstance(tree, Tensor), _as_tensor(tree, ()).dtype

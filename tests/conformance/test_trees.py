@@ -101,6 +101,14 @@ def test_one_update_does_not_choose_the_type_of_the_result(kind: str) -> None:
     np.testing.assert_allclose(result.value["w"], np.median([g["w"] for g in good], 0), rtol=2)
 
 
+def test_clients_whose_keys_are_in_no_common_order_still_decide_the_types_together() -> None:
+    odd = {key: np.asarray(leaf).astype(np.float16) for key, leaf in update().items() if key != "seen"}
+    orders = [("w", "b"), ("b", "w")]
+    good = [{key: update(i)[key] for key in orders[i % 2]} for i in range(2)]
+    result = aggregate([odd, *good], "mean")
+    assert result.value["w"].dtype == np.float32
+
+
 def test_the_majority_decides_the_form() -> None:
     other = {"v": vector()}
     result = aggregate([other, other, *(update(i) for i in range(3))], "mean")

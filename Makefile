@@ -7,20 +7,20 @@ BIN    := $(VENV)/bin
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 5))')
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow bench lint format proto clean setup
+.PHONY: demo test test-slow bench docs lint format proto clean setup
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13) and "fedrobust needs Python 3.11 to 3.13, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev,docs,bench]'
 	touch $(READY)
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: lint
+test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile --max-worker-restart 2
 
 test-slow: setup
@@ -28,6 +28,9 @@ test-slow: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build   # --quiet would let warnings pass
 
 lint: setup
 	$(BIN)/ruff check --quiet .
@@ -44,4 +47,4 @@ proto: setup
 	    --grpc_python_out=proto proto/fedrobust_proto/v1/*.proto
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -210,7 +210,7 @@ def aggregate(  # noqa: PLR0913 (the front door)
     few = rows.width < len(squares) and rows.width <= _MOST_COORDINATES
     gram = replace(gram, width=rows.width, factor=rows.matrix() if few else None)
     result = combine(rows, aggregator, gram, eps, certified=certified)
-    counters = [_lower_median([leaf[i] for i in finite]) for leaf in table.counters]
+    counters = [lower_median([leaf[i] for i in finite]) for leaf in table.counters]
     value = rebuild(table.like, result.value, counters)
     return result.over(n, kept, value, dict(sorted(refused.items())))
 
@@ -403,7 +403,8 @@ def _masses(shares: Sequence[float] | Vector | None, n: int) -> Vector:
     return masses / (masses.max() or 1.0)
 
 
-def _lower_median(values: Sequence[Tensor]) -> Tensor:
+def lower_median(values: Sequence[Tensor]) -> Tensor:
+    """What integer leaves come to: the (n - 1) // 2-th smallest of n, element by element."""
     stacked = torch.stack(list(values))
     return torch.sort(stacked, dim=0).values[(len(values) - 1) // 2].to(stacked.dtype)
 

@@ -21,6 +21,8 @@ from scipy.linalg import block_diag, eigh_tridiagonal
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
 
+__all__ = ["Gram"]
+
 Product = Callable[[Matrix], Matrix]
 """(n + a, k) V -> (n + a, k) G V."""
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fedrobust.text import Textual, parse
 
+__all__ = ["CATALOG", "SGD", "Adagrad", "Adam", "Optimiser", "Yogi", "parse_optimiser"]
+
 
 @dataclass(frozen=True, repr=False)
 class Optimiser(Textual, ABC):

@@ -6,7 +6,7 @@ train; what is left at the deadline is the n x n rule and one weighted sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from fedrobust import kernels
-from fedrobust.aggregate import Aggregated, LocalRows, combine, gram_of, precision, unsound
+from fedrobust.aggregate import (
+    Aggregated,
+    LocalRows,
+    combine,
+    gram_of,
+    lower_median,
+    precision,
+    unsound,
+)
 from fedrobust.errors import InputError
 from fedrobust.kernels import Block
 from fedrobust.rules import Aggregator, Rule
+from fedrobust.trees import Tree, fit, rebuild
 
 Values = npt.NDArray[np.floating] | Tensor
 
@@ -26,7 +35,8 @@ Values = npt.NDArray[np.floating] | Tensor
 class RunningAggregate:
     """Updates that arrive one after another, or in pieces, and the robust mean of those that are whole.
 
-    All rows lie in one arena of capacity x size. An arriving piece is multiplied with the rows that are
+    Updates are vectors of `size` coordinates, or trees of the form of `like`: state dicts, gradients.
+    All lie as rows in one arena of capacity x d. An arriving piece is multiplied with the rows that are
     there already, which are read once: for all n rows together n / 2 passes, where `aggregate` takes the
     time of about 3 + n / 20, but while waiting. Several rows at once (`extend`) share a pass.
     Not safe to be used by several threads at a time.
@@ -41,56 +51,101 @@ class RunningAggregate:
     >>> result = running.result("filter")
     >>> result.refused
     {8: 'has 20 of 50 coordinates'}
+
+    >>> model = torch.nn.Linear(3, 1)
+    >>> running = RunningAggregate(capacity=5, like=model.state_dict())
+    >>> for client in "abcde":
+    ...     row = running.add(torch.nn.Linear(3, 1).state_dict(), client=client)
+    >>> model.load_state_dict(running.result("median").value)
+    <All keys matched successfully>
     """
 
     def __init__(
         self,
         capacity: int,
-        size: int,
+        size: int | None = None,
         *,
-        reference: Values | None = None,
-        dtype: torch.dtype = torch.float32,
+        like: Tree = None,
+        reference: Tree = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Make room.
 
         Args:
             capacity: the most rows.
-            size: d, coordinates of a row.
-            reference: (d,) a point that the server knows; rows are measured from it.
-            dtype: of the arena and the value, float32 or float64.
+            size: d, where updates are vectors; give this or `like`.
+            like: a tree of the form that updates must have, the model's state dict for instance; its
+                values do not matter, and where a reference is given that stands for it.
+            reference: a point that the server knows, of the form of one update; rows are measured from
+                it. Give the broadcast model when updates are models rather than differences.
+            dtype: of the arena, and of the value where updates are vectors: float32 or float64. None is
+                float64 where `like` has float64 leaves, otherwise float32.
 
         Raises:
-            InputError: no room, a reference of another length, or another dtype.
+            InputError: no room, neither or both of size and like, a reference of another form or that is
+                not finite, another dtype.
         """
-        if capacity < 1 or size < 1 or dtype not in (torch.float32, torch.float64):
-            raise InputError(
-                f"need capacity and size of at least 1 and float32 or float64, got {capacity}, {size} "
-                f"and {dtype}"
-            )
-        self._rows = torch.zeros(capacity, size, dtype=dtype)
+        if capacity < 1 or (size is not None and size < 1):
+            raise InputError(f"need capacity and size of at least 1, got {capacity} and {size}")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise InputError(f"dtype must be float32 or float64, got {dtype}")
+        if size is not None and like is not None:
+            raise InputError("give size, for vectors, or like, for trees, not both")
+        if size is not None:
+            like = torch.zeros(size, dtype=dtype or torch.float32)
+        elif like is None and reference is None:
+            raise InputError("give size, the number of coordinates, or like, a tree such as updates are")
+        self._like, name = (reference, "reference") if like is None else (like, "like")
+        leaves, counts = _fitted(self._like, self._like, name)
+        self._counts = [count.clone() for count in counts]
+        if not leaves:
+            raise InputError("updates would hold no floating-point values, so nothing to aggregate")
+        wide = any(leaf.dtype == torch.float64 for leaf in leaves)
+        self._widths = [len(leaf) for leaf in leaves]
+        dtype = dtype or (torch.float64 if wide else torch.float32)
+        self._rows = torch.zeros(capacity, sum(self._widths), dtype=dtype)
         self._inner = np.zeros((capacity, capacity))
         self._arrived = np.zeros(capacity, dtype=np.int64)
         self._shares: list[float] = []
-        self._reference = None if reference is None else self._vector(reference, size)
+        self._clients: list[Hashable | None] = []
+        self._counters: list[list[Tensor]] = []
+        self._reference = None
+        if reference is not None:
+            parts, _ = _fitted(reference, self._like, "reference")
+            self._reference = torch.cat([part.to(self._rows) for part in parts])
+            if not self._reference.isfinite().all():
+                raise InputError("the reference holds values that are not finite")
 
     def __len__(self) -> int:
         """How many rows have begun."""
         return len(self._shares)
 
-    def begin(self, share: float = 1.0) -> int:
+    @property
+    def clients(self) -> tuple[Hashable | None, ...]:
+        """Who sent each row; None where nobody was named."""
+        return tuple(self._clients)
+
+    def begin(self, share: float = 1.0, *, client: Hashable | None = None) -> int:
         """Make room for one more row; returns its number, from 0.
 
         Args:
             share: its mass beside the others', not negative.
+            client: whose it is, any name; each may have one row.
 
         Raises:
-            InputError: there is no room left, or the share is negative or not finite.
+            InputError: there is no room left, the client has a row already, or the share is negative or
+                not finite.
         """
+        if client is not None and client in self._clients:
+            row = self._clients.index(client)
+            raise InputError(f"client {client!r} has sent an update already, which is row {row}")
         if len(self._shares) == len(self._rows):
             raise InputError(f"there is room for {len(self._rows)} rows, and all is taken")
         if not 0 <= share < np.inf:
             raise InputError(f"a share must be finite and not negative, got {share}")
         self._shares.append(float(share))
+        self._clients.append(client)
+        self._counters.append(self._counts)
         return len(self._shares) - 1
 
     def write(self, row: int, start: int, values: Values) -> None:
@@ -99,14 +154,15 @@ class RunningAggregate:
         Args:
             row: as `begin` numbered it.
             start: the number of its coordinates that have arrived.
-            values: (c,), in the arena's dtype or one that converts to it.
+            values: (c,), in the arena's dtype or one that converts to it. A tree's coordinates are those
+                of its floating leaves one after the other; its integer leaves count as those of `like`.
 
         Raises:
             InputError: no such row, a gap or an overlap, or too many coordinates; the row is as before.
         """
         if not 0 <= row < len(self):
             raise InputError(f"there is no row {row}; {len(self)} have begun")
-        fresh = self._vector(values, None)
+        fresh = self._piece(values)
         stop, size = start + len(fresh), self._rows.shape[1]
         if start not in (0, self._arrived[row]) or not start < stop <= size:
             raise InputError(
@@ -122,41 +178,54 @@ class RunningAggregate:
         self._arrived[row] = stop
         self._fold(row, row + 1, start, stop)
 
-    def add(self, update: Values, share: float = 1.0) -> int:
-        """Take a whole row; returns its number. Arguments and errors as `begin` and `write`."""
-        return self.extend(self._vector(update, self._rows.shape[1])[None], [share])[0]
-
-    def extend(self, updates: Values, shares: Sequence[float] | None = None) -> list[int]:
-        """Take several whole rows in one pass; returns their numbers.
+    def add(self, update: Tree, share: float = 1.0, *, client: Hashable | None = None) -> int:
+        """Take a whole update; returns its row's number.
 
         Args:
-            updates: (m, d).
+            update: (d,) floating-point values, or a tree of the form of `like`.
+            share: as for `begin`.
+            client: as for `begin`.
+
+        Raises:
+            InputError: as `begin`, or the update has another form; nothing is taken then. Values that
+                are not finite are no error here: `result` refuses their row.
+        """
+        leaves, counters = _fitted(update, self._like, "update")
+        row = self.begin(share, client=client)
+        self._counters[row] = [counter.clone() for counter in counters]
+        self._lay(row, leaves)
+        self._fold(row, row + 1, 0, self._rows.shape[1])
+        return row
+
+    def extend(
+        self, updates: Sequence[Tree] | Values, shares: Sequence[float] | None = None
+    ) -> list[int]:
+        """Take several whole updates in one pass; returns their rows' numbers.
+
+        Args:
+            updates: (m, d) floating-point values, or m trees of the form of `like`.
             shares: (m,), 1 where not given.
 
         Raises:
-            InputError: no room, wrong shapes, or a bad share; nothing is taken then.
+            InputError: no room, another form, or a bad share; nothing is taken then.
         """
-        fresh = torch.as_tensor(updates)
-        shares = [1.0] * len(fresh) if shares is None else list(shares)
-        first, size = len(self), self._rows.shape[1]
-        if fresh.ndim != 2 or fresh.shape[1] != size or len(shares) != len(fresh):
+        shares = [1.0] * len(updates) if shares is None else list(shares)
+        first, last = len(self), len(self) + len(updates)
+        if len(shares) != len(updates):
+            raise InputError(f"need a share for each of {len(updates)} updates, got {len(shares)}")
+        if last > len(self._rows) or not all(0 <= share < np.inf for share in shares):
             raise InputError(
-                f"need (m, {size}) updates and m shares, got {tuple(fresh.shape)} and {len(shares)}"
+                f"{len(updates)} rows more than {first} of {len(self._rows)}, or a share of {shares} "
+                "that is negative or not finite"
             )
-        if first + len(fresh) > len(self._rows) or not all(0 <= share < np.inf for share in shares):
-            raise InputError(
-                f"{len(fresh)} rows more than {first} of {len(self._rows)}, or a share of {shares} that "
-                "is negative or not finite"
-            )
-        numbers = [self.begin(share) for share in shares]
-        rows = self._rows[first : len(self)]
-        rows.copy_(fresh)
-        if self._reference is not None:
-            rows -= self._reference
-        self._arrived[first : len(self)] = size
-        if numbers:
-            self._fold(first, len(self), 0, size)
-        return numbers
+        fitted = [_fitted(update, self._like, "update") for update in updates]
+        for share, (leaves, counters) in zip(shares, fitted, strict=True):
+            row = self.begin(share)
+            self._counters[row] = [counter.clone() for counter in counters]
+            self._lay(row, leaves)
+        if fitted:
+            self._fold(first, last, 0, self._rows.shape[1])
+        return list(range(first, last))
 
     def result(
         self,
@@ -168,8 +237,8 @@ class RunningAggregate:
     ) -> Aggregated:
         """The robust mean of the rows that are whole; more may arrive afterwards.
 
-        Arguments, answer and errors as `fedrobust.aggregate`. Rows that are not whole or not finite are
-        `refused`.
+        Arguments, answer and errors as `fedrobust.aggregate`: the value has the form of `like`. Rows
+        that are not whole or not finite are `refused`.
         """
         n, size = len(self), self._rows.shape[1]
         squares = np.diag(self._inner)[:n].copy()
@@ -197,16 +266,30 @@ class RunningAggregate:
         result = combine(rows, rule, replace(gram, width=size), eps, certified=certified)
         (value,) = result.value
         value = value if self._reference is None else value + self._reference
-        return result.over(n, kept, value, dict(sorted(refused.items())))
+        leaves, counts = fit(self._like, self._like)
+        parts = [
+            part.to(leaf) for part, leaf in zip(torch.split(value, self._widths), leaves, strict=True)
+        ]
+        counters = [lower_median([self._counters[row][i] for row in kept]) for i in range(len(counts))]
+        whole = rebuild(self._like, parts, counters)
+        return result.over(n, kept, whole, dict(sorted(refused.items())))
 
-    def _vector(self, values: Values, size: int | None) -> Tensor:
+    def _piece(self, values: Values) -> Tensor:
         vector = torch.as_tensor(values)
-        if vector.ndim != 1 or not vector.is_floating_point() or (size and len(vector) != size):
+        if vector.ndim != 1 or not vector.is_floating_point():
             raise InputError(
-                f"need floating-point values of shape ({size or 'c'},), got {vector.dtype} of shape "
+                f"need floating-point values of shape (c,), got {vector.dtype} of shape "
                 f"{tuple(vector.shape)}"
             )
         return vector.detach().to(self._rows.dtype)
+
+    def _lay(self, row: int, leaves: list[Tensor]) -> None:
+        """Write a whole row, measured from the reference."""
+        for part, leaf in zip(torch.split(self._rows[row], self._widths), leaves, strict=True):
+            part.copy_(leaf)
+        if self._reference is not None:
+            self._rows[row] -= self._reference
+        self._arrived[row] = self._rows.shape[1]
 
     def _fold(self, first: int, last: int, start: int, stop: int) -> None:
         """Add to the inner products what coordinates start .. stop of rows first .. last give."""
@@ -219,3 +302,10 @@ class RunningAggregate:
             self._inner[np.ix_(reached, new)] += found[reached]
             others = np.setdiff1d(reached, new)
             self._inner[np.ix_(new, others)] += found[others].T
+
+
+def _fitted(update: Tree, like: Tree, what: str) -> tuple[list[Tensor], list[Tensor]]:
+    try:
+        return fit(update, like)
+    except InputError as error:
+        raise InputError(f"the {what} {error}") from None

@@ -58,8 +58,8 @@ def tabulate(updates: Tree, reference: Tree = None) -> Table:
     """Lay updates out as rows, without copying arrays that are laid out well already.
 
     Updates must have the form of the reference, or else the most common form among them, so that no
-    single client, however early, decides what a round looks like. Containers, precision and array
-    library are those of most updates.
+    single client, however early, decides what a round looks like. Containers, the order of leaves,
+    precision and array library are those of most updates.
 
     Args:
         updates: an (n, ...) array or tensor, or a sequence of n trees.
@@ -70,7 +70,11 @@ def tabulate(updates: Tree, reference: Tree = None) -> Table:
     """
     if isinstance(updates, np.ndarray | Tensor):
         return _tabulate_array(updates, reference)
-    if not isinstance(updates, Iterable) or isinstance(updates, Mapping | str | bytes):
+    if isinstance(updates, Mapping):
+        raise InputError(
+            "updates must be an array or a sequence, got a dict: give list(updates.values())"
+        )
+    if not isinstance(updates, Iterable) or isinstance(updates, str | bytes):
         raise InputError(f"updates must be an array or a sequence, got {type(updates).__name__}")
     trees = list(updates)
     if not trees:
@@ -83,8 +87,11 @@ def tabulate(updates: Tree, reference: Tree = None) -> Table:
     kept = [i for i in range(len(read)) if i not in refused]
     if not kept:
         raise InputError(f"none of the {len(read)} updates is usable; the first {refused[0]}")
-    looks = [_look(trees[i]) for i in kept]
-    first = kept[looks.index(_commonest(looks))]
+    looks = {i: _look(trees[i]) for i in kept}
+    usual = _commonest(looks.values())
+    orders = {i: tuple(read[i]) for i in kept if looks[i] == usual}
+    ordered = _commonest(orders.values())
+    first = next(i for i, order in orders.items() if order == ordered)
     (model,), rows = _wellformed([read[first]]), _wellformed([read[i] for i in kept])
     floating = [path for path, leaf in model.items() if leaf.is_floating_point()]
     if not floating:
@@ -122,6 +129,23 @@ def with_anchors(table: Table, anchors: Mapping[str, Tree]) -> tuple[Block, ...]
         own = [row[path].to(block.rows[0]).reshape(-1) for row in _wellformed(read.values())]
         blocks.append(Block([*block.rows, *own], block.reference))
     return tuple(blocks)
+
+
+def fit(update: Tree, like: Tree) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating leaves of an update, flat, and its integer leaves; in the dtypes of `like`'s.
+
+    Raises:
+        InputError: the update has not the form of `like`; the message goes on from its name.
+    """
+    found, model = _read(update), _read(like)
+    reason = _misfit(found, _form(model)) if isinstance(model, dict) else model
+    if reason is not None or isinstance(found, str) or isinstance(model, str):
+        raise InputError(reason)
+    floating = [p for p, leaf in model.items() if leaf.is_floating_point()]
+    return (
+        [found[path].to(model[path]).reshape(-1) for path in floating],
+        [found[path].to(model[path]) for path in model if path not in floating],
+    )
 
 
 def rebuild(like: Tree, floating: Sequence[Tensor], counters: Sequence[Tensor]) -> Tree:
@@ -175,7 +199,7 @@ def _leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     if len(path) > _DEEPEST:
         raise InputError(f"is nested more than {_DEEPEST} deep")
     if isinstance(tree, Mapping):
-        for key in sorted(tree, key=str):
+        for key in tree:
             yield from _leaves(tree[key], (*path, key))
     elif isinstance(tree, list | tuple):
         for index, item in enumerate(tree):
@@ -186,8 +210,7 @@ def _leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 def _rebuild(like: Tree, floating: Iterator[Tensor], counters: Iterator[Tensor]) -> Tree:
     if isinstance(like, Mapping):
-        built = {k: _rebuild(like[k], floating, counters) for k in sorted(like, key=str)}
-        return {key: built[key] for key in like}
+        return {key: _rebuild(like[key], floating, counters) for key in like}
     if isinstance(like, list | tuple):
         items = [_rebuild(item, floating, counters) for item in like]
         return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
@@ -243,8 +266,9 @@ def _misfit(found: Leaves | str, wanted: Form) -> str | None:
     path, shape, floating = min(form - wanted, key=lambda item: _show(item[0]))
     kinds = ("integers", "floating-point values")
     wanted_shape, wanted_floating = targets[path]
+    where = f" at {_show(path)!r}" if path else ""
     return (
-        f"has {kinds[floating]} of shape {shape} at {_show(path)!r}, "
+        f"has {kinds[floating]} of shape {shape}{where}, "
         f"expected {kinds[wanted_floating]} of shape {wanted_shape}"
     )
 

@@ -26,6 +26,8 @@ from fedrobust.training import Task
 from fedrobust_clients.credentials import Credentials, open_channel
 from fedrobust_clients.runtime import Participation, Runtime, pauses
 
+__all__ = ["GrpcConnection", "run"]
+
 _OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),  # a dead connection is found out
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -33,6 +33,8 @@ from fedrobust_proto.v1.federation_pb2 import (
 
 from fedrobust.training import Learner, Task
 
+__all__ = ["Connection", "Honest", "Participation", "Runtime", "Update", "participate"]
+
 Floats = npt.NDArray[np.float32]
 
 

@@ -18,10 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A plain kill ends a run as Ctrl-C does, at whatever point, so that everything is put away.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        options = _parser(*arguments[:1]).parse_args(arguments)
-        options.arguments = arguments
-        code: int = options.run(options)
+        code = _run(sys.argv[1:] if arguments is None else arguments)
     except InputError as error:
         return complain(str(error), 2)
     except ConnectionError as error:
@@ -34,6 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain("interrupted", 130)
     finally:
         signal.signal(signal.SIGTERM, before)
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        options = _parser(*arguments[:1]).parse_args(arguments)
+        options.arguments = arguments
+        code: int = options.run(options)
+    except ModuleNotFoundError as error:  # the bare library
+        package = (error.name or "").partition(".")[0]
+        if not package or package.startswith("fedrobust") or package in sys.stdlib_module_names:
+            raise
+        raise InputError(
+            f"{arguments[0]} needs the extra 'server' ({error.name} is not installed): "
+            "pip install 'fedrobust[server]'"
+        ) from error
     return code
 
 

@@ -22,7 +22,8 @@ class Last(Lens):
 
     Guarantee: that of the rules after it, on the last coordinates alone. Breakdown point: theirs there;
     none on the others. Weighted by shares as they are. Scores: theirs. Deviations: none. Cost: a second
-    pass over the last c coordinates. In trees, leaves lie in the order of their keys.
+    pass over the last c coordinates. In trees, leaves lie in their order in most updates; a state
+    dict's is that in which the model's layers were made.
     Source: Tran, Li, Madry 2018, "Spectral Signatures in Backdoor Attacks" (arXiv 1811.00636), who look
     at one layer's representation; Fung, Yoon, Beschastnikh 2018 (arXiv 1808.04866) look at the last
     layer's updates.

@@ -101,6 +101,14 @@ def test_one_update_does_not_choose_the_type_of_the_result(kind: str) -> None:
     np.testing.assert_allclose(result.value["w"], np.median([g["w"] for g in good], 0), rtol=2)
 
 
+def test_clients_whose_keys_are_in_no_common_order_still_decide_the_types_together() -> None:
+    odd = {key: np.asarray(leaf).astype(np.float16) for key, leaf in update().items() if key != "seen"}
+    orders = [("w", "b"), ("b", "w")]
+    good = [{key: update(i)[key] for key in orders[i % 2]} for i in range(2)]
+    result = aggregate([odd, *good], "mean")
+    assert result.value["w"].dtype == np.float32
+
+
 def test_the_majority_decides_the_form() -> None:
     other = {"v": vector()}
     result = aggregate([other, other, *(update(i) for i in range(3))], "mean")
@@ -112,6 +120,16 @@ def test_the_same_paths_in_another_structure_are_another_form() -> None:
     good = [{"a.b": vector(i)} for i in range(4)]
     result = aggregate([{"a": {"b": vector()}}, *good], "mean")
     assert list(result.value) == ["a.b"]
+
+
+def test_leaves_lie_in_their_order_in_most_updates() -> None:
+    """Where a rule looks at the last layer, that is the model's last, whatever the layers are called."""
+    trees = [{"features": vector(i), "classifier": vector(i + 10)} for i in range(9)]
+    trees[0] = dict(reversed(trees[0].items()))  # neither a client's own order decides
+    rows = np.array([np.concatenate([t["features"], t["classifier"]]) for t in trees])
+    found, expected = aggregate(trees, "last(4) | krum"), aggregate(rows, "last(4) | krum")
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert list(found.value) == ["features", "classifier"]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +218,7 @@ def test_counters_take_their_lower_median(kind: Any) -> None:
         np.array([["a"]]),
         [{}, {}],
         {"client": vector()},
+        {"client": {"w": vector()}},
         5,
         None,
     ],

@@ -128,12 +128,19 @@ def test_a_row_that_starts_anew_leaves_nothing_behind() -> None:
         (lambda r: r.add(np.ones(9)), r"of shape \(10,\)"),
         (lambda r: r.begin(-1.0), "not negative"),
         (lambda r: r.extend(np.ones((9, 10))), "9 rows more than 2 of 4"),
-        (lambda r: r.extend(np.ones((2, 9))), r"need \(m, 10\)"),
+        (lambda r: r.extend(np.ones((2, 9))), r"of shape \(10,\)"),
         (lambda r: [r.begin() for _ in range(9)], "all is taken"),
         (lambda _: RunningAggregate(0, 3), "at least 1"),
         (lambda _: RunningAggregate(3, 3, dtype=torch.int32), "float32 or float64"),
         (lambda _: RunningAggregate(3, 3, reference=np.ones(4)), r"of shape \(3,\)"),
         (lambda _: RunningAggregate(3, 3).result("mean"), "none of the 0 rows"),
+        (lambda _: RunningAggregate(3), "give size"),
+        (lambda _: RunningAggregate(3, 3, like=np.ones(3)), "not both"),
+        (lambda _: RunningAggregate(3, like={"w": "text"}), "the like holds str"),
+        (lambda _: RunningAggregate(3, like={"w": 1}), "no floating-point values"),
+        (lambda _: RunningAggregate(3, like=[np.ones(3)], reference=[np.ones(4)]), "the reference has"),
+        (lambda _: RunningAggregate(3, reference=np.full(3, np.nan)), "the reference holds"),
+        (lambda r: r.extend(np.ones((2, 10)), [1.0]), "a share for each of 2"),
     ],
 )
 def test_what_is_wrong_is_named_and_changes_nothing(act: Any, message: str) -> None:
@@ -144,3 +151,91 @@ def test_what_is_wrong_is_named_and_changes_nothing(act: Any, message: str) -> N
         act(running)
     running.write(1, 3, np.ones(7))
     np.testing.assert_allclose(running.result("mean").value, (np.arange(10.0) + 1) / 2)
+
+
+def network(seed: int, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """A trained network with batch norm: its counters and running statistics are part of its state."""
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    for _ in range(1 + seed % 3):
+        module(torch.randn(8, 6))
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["nnm | filter", "median", "last(10) | krum"])
+def test_state_dicts_come_to_what_they_do_at_once(dtype: torch.dtype, rule: str) -> None:
+    start = network(100, dtype)
+    states = [network(seed, dtype).state_dict() for seed in range(9)]
+    expected = fr.aggregate(states, rule, reference=start.state_dict())
+    running = RunningAggregate(9, reference=start.state_dict())
+    for seed, state in enumerate(states):
+        assert running.add(state, client=f"client {seed}") == seed
+    found = running.result(rule)
+    assert found.value.keys() == expected.value.keys()
+    for key, leaf in expected.value.items():
+        assert found.value[key].dtype == leaf.dtype == start.state_dict()[key].dtype
+        torch.testing.assert_close(found.value[key], leaf)
+    start.load_state_dict(found.value)
+    assert running.clients == tuple(f"client {seed}" for seed in range(9))
+
+
+def test_what_is_taken_is_a_copy() -> None:
+    modules = [network(seed) for seed in range(5)]
+    running = RunningAggregate(5, like=modules[0].state_dict())
+    for module in modules:
+        running.add(module.state_dict())
+    before = running.result("median").value
+    for module in modules:
+        module(torch.randn(8, 6))  # trains on: its counters go up in place
+    after = running.result("median").value
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.pop("0.bias"), "lacks '0.bias'"),
+        (lambda s: s.update(more=torch.ones(1)), "holds 'more', which"),
+        (lambda s: s.update({"0.bias": torch.ones(5)}), r"shape \(5,\) at '0.bias'"),
+        (lambda s: s.update({"1.num_batches_tracked": torch.tensor(0.5)}), "at '1.num_batches_tracked'"),
+        (lambda s: s.update({"0.bias": "0123"}), "holds str"),
+    ],
+)
+def test_a_state_dict_of_another_form_is_an_error_and_takes_no_room(spoil: Any, message: str) -> None:
+    running = RunningAggregate(2, like=network(0).state_dict())
+    bad = dict(network(1).state_dict())
+    spoil(bad)
+    for attempt in (lambda: running.add(bad, client="bad"), lambda: running.extend([bad])):
+        with pytest.raises(InputError, match=f"the update .*{message}"):
+            attempt()
+    running.extend([network(2).state_dict(), network(3).state_dict()])
+    assert not running.result("mean").refused
+
+
+def test_a_client_is_taken_once_and_one_that_is_not_finite_is_refused() -> None:
+    running = RunningAggregate(5, like=network(0).state_dict())
+    for seed in range(4):
+        running.add(network(seed).state_dict(), client=seed)
+    with pytest.raises(InputError, match="client 3 has sent an update already, which is row 3"):
+        running.add(network(9).state_dict(), client=3)
+    bad = dict(network(5).state_dict())
+    bad["1.running_var"] = torch.full((4,), torch.inf)
+    row = running.add(bad, client="bad")
+    result = running.result("median")
+    assert result.refused == {row: "holds values that are not finite"}
+    expected = fr.aggregate([network(seed).state_dict() for seed in range(4)], "median").value
+    assert all(torch.equal(result.value[key], expected[key]) for key in expected)
+
+
+def test_a_tree_may_come_in_pieces() -> None:
+    states = [network(seed).state_dict() for seed in range(5)]
+    running = RunningAggregate(5, like=states[0])
+    running.extend(states[:4])
+    row, start = running.begin(client="slow"), 0
+    for leaf in states[4].values():
+        if leaf.is_floating_point():
+            running.write(row, start, leaf.flatten())
+            start += leaf.numel()
+    found, expected = (r.value for r in (running.result("mean"), fr.aggregate(states, "mean")))
+    torch.testing.assert_close(found["2.weight"], expected["2.weight"])

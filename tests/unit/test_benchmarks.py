@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contestants, page, simulations, statistics, superlink, targets
+from benchmarks import certification, contestants, page, simulations, statistics, superlink, targets
 from benchmarks.cases import Case, cases, ours
 from benchmarks.measure import Sample, sample
 from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
@@ -140,3 +140,13 @@ def test_the_run_beside_byzfl_has_its_honest_clients() -> None:
     config = simulations.settings(3, quick=False)["byzfl"].config
     assert (config.task.clients, config.malicious, config.task.outsiders) == (60, 10, 10)
     assert config.eps * config.task.clients == pytest.approx(config.malicious)
+
+
+def test_certifying_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    certification.main(["--quick"])
+    torch.set_num_threads(threads)
+    rows = capsys.readouterr().out.splitlines()
+    for name in ("floor", "ours", "ours, rounded noise", "ours, bfloat16", "Cohen's loop"):
+        (row,) = [row for row in rows if row.startswith(f"| {name} |")]
+        assert float(row.split("|")[2].replace(",", "")) > 0

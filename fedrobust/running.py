@@ -17,7 +17,7 @@ from torch import Tensor
 from fedrobust import kernels
 from fedrobust.aggregate import Aggregated, LocalRows, combine, gram_of, precision, unsound
 from fedrobust.errors import InputError
-from fedrobust.kernels import Block
+from fedrobust.kernels import Block, Vector
 from fedrobust.rules import Aggregator, Rule
 
 Values = npt.NDArray[np.floating] | Tensor
@@ -164,14 +164,18 @@ class RunningAggregate:
         eps: float | str | None = None,
         seed: int = 0,
         *,
+        shares: Sequence[float] | Vector | None = None,
         certified: bool = True,
     ) -> Aggregated:
         """The robust mean of the rows that are whole; more may arrive afterwards.
 
         Arguments, answer and errors as `fedrobust.aggregate`. Rows that are not whole or not finite are
-        `refused`.
+        `refused`. `shares` are in place of those with which the rows began.
         """
         n, size = len(self), self._rows.shape[1]
+        masses = np.asarray(self._shares if shares is None else shares, dtype=np.float64)
+        if masses.shape != (n,) or not ((masses >= 0) & (masses < np.inf)).all():
+            raise InputError(f"need {n} shares, finite and not negative, got {shares!r:.60}")
         squares = np.diag(self._inner)[:n].copy()
         refused = unsound(np.sqrt(squares))
         refused |= {
@@ -187,7 +191,7 @@ class RunningAggregate:
         inner = self._inner[np.ix_(kept, kept)]
         gram = gram_of(
             rows,
-            np.array(self._shares)[kept],
+            masses[kept],
             squares[kept],
             seed,
             certified=certified,

@@ -228,6 +228,7 @@ class RobustFitStrategy(older.Strategy):
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """The wrapped strategy's step with the robust mean of the results; None leaves the model."""
         reference = {str(i): array for i, array in enumerate(self._broadcast)}
+        results = sorted(results, key=lambda each: str(_proxy(each[0])))
         offers = [self._offer(client, result, reference) for client, result in results]
         failed = {_failed(i, failure): _why(failure) for i, failure in enumerate(failures)}
         found = self.defence.decide(server_round, len(self._asked), offers, failed, reference)
@@ -299,9 +300,9 @@ class RobustFitStrategy(older.Strategy):
 
 
 def _sorted(replies: Iterable[Message]) -> tuple[list[Message], dict[Client, str]]:
-    """Those with content, and what the others say of their failures, by node."""
+    """Those with content, and what the others say of their failures: by node, not as they came."""
     answers, failed = [], dict[Client, str]()
-    for reply in replies:
+    for reply in sorted(replies, key=_node):
         if reply.has_error():
             failed[_node(reply)] = str(reply.error.reason)
         else:

@@ -97,11 +97,11 @@ class _Intake:
 class RobustAggregator(ModelAggregator):
     """An aggregator of NVFlare's that malicious sites cannot steer.
 
-    Updates may be whole models or differences (FULL, DIFF), of numpy arrays or tensors. Whole models are
-    measured from the model that was sent out. A malformed update costs its site this turn and is named in
-    the log; with too few left the model stays as it is. Weights, scores and certificate of every round
-    are in the server's log, in `fedrobust.jsonl` in its run folder, and in `rounds`; nothing of that is
-    in the model's meta data, which NVFlare sends to all sites.
+    Updates may be whole models or differences (FULL, DIFF), of numpy arrays or tensors. Whole models
+    are measured from the model that was sent out. A malformed update costs its site this turn and is
+    named in the log; with too few left the model stays as it is. Weights, scores and certificate of
+    every round are in the server's log, in `fedrobust.jsonl` in its run folder, and in `rounds`; nothing
+    of that is in the model's meta data, which NVFlare sends to all sites.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class RobustAggregator(ModelAggregator):
         return self._take(name, model)
 
     def aggregate_model(self) -> FLModel:
-        """The robust mean of what came in, as models or as differences; no difference if it is skipped."""
+        """The robust mean of what came in, as a model or a difference; no difference if skipped."""
         with self._lock:
             intake, self._intake = self._intake, _Intake()
         found, params, differences = self._decide(intake)
@@ -229,7 +229,9 @@ class RobustAggregator(ModelAggregator):
             )
         arena.running.add(row)
         arena.who.append(intake.clients.index(name))
-        arena.counters.append({k: leaf for k, (leaf, _) in update.items() if not leaf.is_floating_point()})
+        arena.counters.append(
+            {k: leaf for k, (leaf, _) in update.items() if not leaf.is_floating_point()}
+        )
         arena.examples.append(examples)
         intake.metrics[name] = model.metrics if isinstance(model.metrics, dict) else {}
         intake.differences += difference

@@ -13,6 +13,7 @@ to do at the end of the round is the rule and one weighted sum.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ except ModuleNotFoundError as error:
         f"{error}; NVFlare comes with: pip install 'fedrobust[nvflare]'", name=error.name
     ) from error
 
+from fedrobust.aggregate import LARGEST_NORM
 from fedrobust.errors import InputError
 from fedrobust.integrations.defence import Defence, Offer, Round, Unreadable, medians
 from fedrobust.running import RunningAggregate
@@ -222,6 +224,12 @@ class RobustAggregator(ModelAggregator):
         row = _flat({k: leaf for k, (leaf, _) in update.items() if leaf.is_floating_point()}, like)
         if len(row) == 0:
             return "holds no floating-point values"
+        if not (largest := float(row.abs().max())) < LARGEST_NORM:
+            return (
+                "holds values that are not finite"
+                if not math.isfinite(largest)
+                else (f"holds a value of size {largest:.3g}, more than {LARGEST_NORM:.0g}")
+            )
         arena = intake.arenas.get(key)
         if arena is None:
             arena = intake.arenas[key] = _Arena(
@@ -316,7 +324,8 @@ def _model(params: object) -> dict[str, tuple[Tensor, bool]]:
         raise InputError(leaves)
     if nested := [path for path in leaves if len(path) != 1]:
         raise InputError(f"is nested at {'.'.join(map(str, nested[0]))!r}, expected arrays by name")
-    return {str(path[0]): (leaf, isinstance(held[path[0]], Tensor)) for path, leaf in leaves.items()}
+    named = {str(path[0]): leaf for path, leaf in leaves.items()}
+    return {key: (leaf, isinstance(held[key], Tensor)) for key, leaf in named.items()}
 
 
 def _look(update: Mapping[str, tuple[Tensor, bool]], difference: bool) -> Hashable:
@@ -349,7 +358,7 @@ def _params(
     add: bool,
 ) -> dict[str, Any]:
     """Arrays from a row, and the lower median of the counters; added to the model, or not."""
-    params, start = {}, 0
+    params, start = dict[str, Any](), 0
     for key, (leaf, is_tensor) in like.items():
         if leaf.is_floating_point():
             value = row[start : start + leaf.numel()].reshape(leaf.shape)

@@ -32,6 +32,6 @@ while flare.is_running():
     if site < given.malicious:  # pushes the model back, and says that it has a million examples
         params = {key: before[key] - 5 * (value - before[key]) for key, value in params.items()}
         steps = 1_000_000
-    if site == 0:  # and one breaks whatever averages
+    if site == 0 < given.malicious:  # and one breaks whatever averages
         params["out.bias"][:] = float("nan")
     flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": steps}))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +30,7 @@ import fedrobust as fr
 from fedrobust import InputError
 from fedrobust.integrations.nvflare import ROUND, RobustAggregator
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "nvflare" / "job.py"
 Params = dict[str, Any]
 SITES = [f"site-{i}" for i in range(1, 11)]
 MODEL: Params = {
@@ -312,3 +318,45 @@ def test_the_classic_interface(kind: str) -> None:
     assert "returns EXECUTION_EXCEPTION" in aggregator.rounds[0].refused["site-2"]
     aggregator.reset(fl_ctx)
     json.dumps(aggregator.rounds[0].figures())
+
+
+# ---- NVFlare's simulator ----------------------------------------------------------------------------
+
+
+def simulated(workspace: Path, *arguments: str) -> tuple[float, str]:
+    """What the example comes to, and its log."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--workspace", str(workspace), *arguments],
+        cwd=workspace,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    told = done.stdout + done.stderr
+    found = re.search(r"test accuracy (\S+) by", told)
+    assert found, told[-5000:]
+    return float(found[1]), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workflow", ["fedavg", "classic"])
+def test_the_example_in_the_simulator(workflow: str, tmp_path: Path) -> None:
+    accuracy, told = simulated(tmp_path, "--workflow", workflow, "--rule", "filter(eps=0.3)")
+    assert accuracy > 0.75
+    assert "refused site-1: holds values that are not finite" in told
+    run = tmp_path / "digits" / "server" / "simulate_job"
+    rounds = [json.loads(line) for line in (run / "fedrobust.jsonl").read_text().splitlines()]
+    assert [each["round"] for each in rounds] == list(range(5))
+    for each in rounds:
+        weights = dict(zip(each["clients"], each["weights"], strict=True))
+        assert (each["asked"], each["accepted"], each["skipped"]) == (8, 7, 0)
+        assert (weights.pop("site-1"), weights.pop("site-2")) == (0, 0)
+        assert min(weights.values()) > 0
+
+
+@pytest.mark.slow
+def test_the_example_without_us(tmp_path: Path) -> None:
+    assert simulated(tmp_path)[0] < 0.2
+    assert simulated(tmp_path, "--malicious", "0")[0] > 0.75

@@ -232,7 +232,8 @@ def row(name: str, cells: Mapping[str, Cell]) -> str:
     ]
     seconds = next(iter(cells.values())).seconds
     took = f"{1e3 * statistics.median(seconds):.0f} ms" if seconds else "-"
-    return f"| `{name}` | {' | '.join(shown)} | {took} |"
+    escaped = name.replace("|", r"\|")
+    return f"| `{escaped}` | {' | '.join(shown)} | {took} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

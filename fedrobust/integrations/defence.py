@@ -148,7 +148,7 @@ class Defence:
         InputError: a bad rule, or a number out of its range.
     """
 
-    rule: str | Rule | Aggregator = "nnm | filter"
+    rule: str | Rule | Aggregator = "filter"
     eps: float | str | None = None
     max_share: float | None = None
     quorum: float = 0.5

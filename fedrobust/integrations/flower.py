@@ -2,7 +2,7 @@
 
     from fedrobust.integrations.flower import RobustStrategy
 
-    strategy = RobustStrategy("nnm | filter(eps=0.2)")                     # in place of FedAvg()
+    strategy = RobustStrategy("filter(eps=0.2)")                           # in place of FedAvg()
     strategy = RobustStrategy("filter", FedAdam(eta=0.01), max_share=0.1)  # and FedAdam's step stays
 
 The wrapped strategy samples clients, writes their messages, and takes the server's step. Of a round's
@@ -73,7 +73,7 @@ class RobustStrategy(Strategy):
 
     def __init__(
         self,
-        rule: str | Rule | Aggregator = "nnm | filter",
+        rule: str | Rule | Aggregator = "filter",
         strategy: Strategy | None = None,
         *,
         eps: float | str | None = None,
@@ -188,7 +188,7 @@ class RobustFitStrategy(older.Strategy):
 
     def __init__(
         self,
-        rule: str | Rule | Aggregator = "nnm | filter",
+        rule: str | Rule | Aggregator = "filter",
         strategy: older.Strategy | None = None,
         *,
         eps: float | str | None = None,

@@ -108,7 +108,7 @@ class RobustAggregator(ModelAggregator):
 
     def __init__(
         self,
-        rule: str = "nnm | filter",
+        rule: str = "filter",
         eps: float | str | None = None,
         max_share: float | None = None,
         quorum: float = 0.5,

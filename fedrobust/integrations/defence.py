@@ -181,10 +181,8 @@ class Defence:
                 from it.
 
         Returns:
-            The round, whose `result.value` has the reference's form and dtypes.
-
-        Raises:
-            InputError: the reference is not finite, or no arrays of numbers.
+            The round, whose `result.value` has the reference's form and dtypes. It is skipped, with the
+            reason, if the rule or the reference does not allow for an aggregate.
         """
         kept, trees, refused = list[int](), list[Tree](), dict[Client, str]()
         seen = set[Client]()

@@ -127,3 +127,22 @@ def test_superlink_and_supernodes_over_loopback(tmp_path: Path) -> None:
             stack.enter_context(started(tmp_path, f"node-{part}", *command, *own, config))
         found = accuracy(tmp_path, rule="filter(eps=0.2)", malicious=1, rounds=4)
         assert found > 0.6
+
+
+def test_the_comparison_with_flowers_own_strategies() -> None:
+    rows = ["--only", "FedAvg", 'RobustStrategy("filter")', "--attacks", "none", "ipm", "keys"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.flower", "--rounds", "4", *rows],
+        cwd=APP.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+    )
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| `")]
+    (theirs, ours) = ([cell.strip("| `") for cell in row] for row in table)
+    assert (theirs[0], ours[0]) == ("FedAvg", 'RobustStrategy("filter")')
+    assert float(theirs[1]) > 80
+    assert float(theirs[2]) < 50
+    assert theirs[3].startswith("ends: ")
+    assert all(float(cell) > 80 for cell in ours[1:4])

@@ -16,6 +16,8 @@ class Digits(torch.nn.Module):
         for weight in self.parameters():
             if weight.ndim == 2:
                 torch.nn.init.normal_(weight, std=0.1, generator=generator)
+            elif weight is not self.norm.weight:
+                torch.nn.init.zeros_(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scores of the ten digits for images (n, 64)."""

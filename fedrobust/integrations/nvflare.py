@@ -2,7 +2,7 @@
 
     from fedrobust.integrations.nvflare import RobustAggregator
 
-    recipe = FedAvgRecipe(..., aggregator=RobustAggregator(rule="nnm | filter(eps=0.2)"))
+    recipe = FedAvgRecipe(..., aggregator=RobustAggregator("filter(eps=0.2)"))
 
 It is a `ModelAggregator`, which the FedAvg workflow and its recipes take, and with that an `Aggregator`
 for ScatterAndGather. Each update goes into the matrix of inner products when it arrives, while other
@@ -43,6 +43,7 @@ from fedrobust.aggregate import LARGEST_NORM
 from fedrobust.errors import InputError
 from fedrobust.integrations.defence import Defence, Offer, Round, Unreadable, medians
 from fedrobust.running import RunningAggregate
+from fedrobust.text import printable
 from fedrobust.trees import Leaves, form_of, misfit, read_leaves
 
 REPORT = "fedrobust.jsonl"
@@ -143,8 +144,8 @@ class RobustAggregator(ModelAggregator):
             with self._lock:
                 if peer is not None:
                     self._intake.asked.add(peer.get_identity_name())
-                if self._intake.reference is None and isinstance(task, Shareable):
-                    self._intake.reference = _model(FLModelUtils.from_shareable(task).params)
+                if self._intake.reference is None:
+                    self._intake.reference = _sent(task)
 
     def accept_model(self, model: FLModel) -> None:
         """Take one site's update, or refuse it and say so in the log; never raises."""
@@ -199,7 +200,7 @@ class RobustAggregator(ModelAggregator):
                 if why:
                     self._intake.refused[name] = why
         if why:
-            self.warning(f"refused {name}: {why}")
+            self.warning(f"refused {name}: {printable(why)}")
         return not why
 
     def _fold(self, name: str, model: FLModel) -> str | None:
@@ -326,6 +327,15 @@ def _model(params: object) -> dict[str, tuple[Tensor, bool]]:
         raise InputError(f"is nested at {'.'.join(map(str, nested[0]))!r}, expected arrays by name")
     named = {str(path[0]): leaf for path, leaf in leaves.items()}
     return {key: (leaf, isinstance(held[key], Tensor)) for key, leaf in named.items()}
+
+
+def _sent(task: object) -> dict[str, tuple[Tensor, bool]] | None:
+    """The model in a task for the sites, if there is one."""
+    try:
+        params = FLModelUtils.from_shareable(task).params
+    except ValueError:  # a task without data
+        return None
+    return _model(params) if params else None
 
 
 def _look(update: Mapping[str, tuple[Tensor, bool]], difference: bool) -> Hashable:

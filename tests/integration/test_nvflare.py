@@ -24,6 +24,7 @@ from nvflare.apis.shareable import ReturnCode, Shareable, make_reply
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import fedrobust as fr
@@ -283,6 +284,26 @@ def test_settings_are_as_the_job_writes_them_down() -> None:
     assert {key: getattr(aggregator, key) for key in options} == options
     with pytest.raises(InputError, match="filtre"):
         RobustAggregator("filtre")
+
+
+def test_the_model_is_the_one_that_went_out() -> None:
+    """As the events of a round tell it, with how many were asked; tasks without a model are none."""
+    aggregator = RobustAggregator("filter(eps=0.2)")
+    peer = FLContext()
+    for site in SITES:
+        peer.set_prop(ReservedKey.IDENTITY_NAME, site, private=False, sticky=False)
+        fl_ctx = context(model=None)
+        fl_ctx.set_peer_context(peer)
+        for task in (Shareable(), FLModelUtils.to_shareable(FLModel(params=MODEL))):
+            fl_ctx.set_prop(AppConstants.TRAIN_SHAREABLE, task, private=True, sticky=False)
+            aggregator.handle_event(AppEventType.BEFORE_TRAIN_TASK, fl_ctx)
+    aggregator.fl_ctx = context(model=None)
+    for site in SITES[:6]:
+        aggregator.accept_model(result(site, trained(site) if site != "site-1" else {"weight": 1.0}))
+    checked(aggregator.aggregate_model())
+    counts = aggregator.rounds[0].figures()
+    assert [counts[key] for key in ("asked", "accepted", "refused", "absent")] == [10, 5, 1, 4]
+    assert "lacks" in aggregator.rounds[0].refused["site-1"]
 
 
 # ---- the classic interface --------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'fedrobust[flower]'")
 
@@ -39,7 +41,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as newer
 
 from fedrobust import InputError
-from fedrobust.integrations.flower import RobustFitStrategy, RobustStrategy
+from fedrobust.integrations.flower import RobustFitStrategy, RobustStrategy, load
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Client = Callable[[int, Message], RecordDict]
@@ -253,6 +255,27 @@ def test_a_malformed_reply_costs_its_client_the_turn(kind: str) -> None:
     assert last["fedrobust-weights"][:2] == [0.0, 0.0]
     assert sum(last["fedrobust-weights"]) == pytest.approx(1)
     assert last["fedrobust-scores"][:2] == [np.inf, np.inf]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 127), st.integers(0, 255)), max_size=6),
+    cut=st.integers(0, 200),
+    more=st.binary(max_size=20),
+)
+def test_whatever_the_bytes_are_they_give_the_right_shape_or_are_refused(
+    changes: list[tuple[int, int]], cut: int, more: bytes
+) -> None:
+    data = bytearray(_bytes(_GOOD))
+    for place, value in changes:
+        data[place] = value
+    data = data[: len(data) - cut] + more
+    try:
+        found = load(bytes(data), (3, 4))
+    except Exception:  # noqa: BLE001 (which the strategies catch as broadly)
+        return
+    assert found.shape == (3, 4)
+    assert found.dtype.kind in "fiub"
 
 
 @pytest.mark.parametrize("kind", ["a key too many", "another shape"])

@@ -25,7 +25,7 @@ from fedrobust.aggregate import (
     unsound,
 )
 from fedrobust.errors import InputError
-from fedrobust.kernels import Block
+from fedrobust.kernels import Block, Vector
 from fedrobust.rules import Aggregator, Rule
 from fedrobust.trees import Tree, fit, rebuild
 
@@ -233,14 +233,19 @@ class RunningAggregate:
         eps: float | str | None = None,
         seed: int = 0,
         *,
+        shares: Sequence[float] | Vector | None = None,
         certified: bool = True,
     ) -> Aggregated:
         """The robust mean of the rows that are whole; more may arrive afterwards.
 
         Arguments, answer and errors as `fedrobust.aggregate`: the value has the form of `like`. Rows
-        that are not whole or not finite are `refused`.
+        that are not whole or not finite are `refused`. `shares` are in place of those with which the
+        rows began.
         """
         n, size = len(self), self._rows.shape[1]
+        masses = np.asarray(self._shares if shares is None else shares, dtype=np.float64)
+        if masses.shape != (n,) or not ((masses >= 0) & (masses < np.inf)).all():
+            raise InputError(f"need {n} shares, finite and not negative, got {shares!r:.60}")
         squares = np.diag(self._inner)[:n].copy()
         refused = unsound(np.sqrt(squares))
         refused |= {
@@ -256,7 +261,7 @@ class RunningAggregate:
         inner = self._inner[np.ix_(kept, kept)]
         gram = gram_of(
             rows,
-            np.array(self._shares)[kept],
+            masses[kept],
             squares[kept],
             seed,
             certified=certified,

@@ -79,11 +79,11 @@ def tabulate(updates: Tree, reference: Tree = None) -> Table:
     trees = list(updates)
     if not trees:
         raise InputError("there are no updates to aggregate")
-    read = [_read(tree) for tree in trees]
+    read = [read_leaves(tree) for tree in trees]
     anchor = None if reference is None else _read_reference(reference)
-    forms = [_form(found) for found in _wellformed(read)] if anchor is None else [_form(anchor)]
+    forms = [form_of(found) for found in _wellformed(read)] if anchor is None else [form_of(anchor)]
     wanted = _commonest(forms) if forms else frozenset()
-    refused = {i: reason for i, found in enumerate(read) if (reason := _misfit(found, wanted))}
+    refused = {i: reason for i, found in enumerate(read) if (reason := misfit(found, wanted))}
     kept = [i for i in range(len(read)) if i not in refused]
     if not kept:
         raise InputError(f"none of the {len(read)} updates is usable; the first {refused[0]}")
@@ -118,9 +118,9 @@ def with_anchors(table: Table, anchors: Mapping[str, Tree]) -> tuple[Block, ...]
         InputError: one of them is not finite, or not of the form of the updates.
     """
     model = dict(_leaves(table.like))
-    read = {f"anchor {name!r}": _read(tree) for name, tree in anchors.items()}
+    read = {f"anchor {name!r}": read_leaves(tree) for name, tree in anchors.items()}
     for name, found in read.items():
-        if reason := _misfit(found, _form(model)):
+        if reason := misfit(found, form_of(model)):
             raise InputError(f"the {name} {reason}")
         _check_finite(found, name)
     floating = [path for path, leaf in model.items() if leaf.is_floating_point()]
@@ -137,8 +137,8 @@ def fit(update: Tree, like: Tree) -> tuple[list[Tensor], list[Tensor]]:
     Raises:
         InputError: the update has not the form of `like`; the message goes on from its name.
     """
-    found, model = _read(update), _read(like)
-    reason = _misfit(found, _form(model)) if isinstance(model, dict) else model
+    found, model = read_leaves(update), read_leaves(like)
+    reason = misfit(found, form_of(model)) if isinstance(model, dict) else model
     if reason is not None or isinstance(found, str) or isinstance(model, str):
         raise InputError(reason)
     floating = [p for p, leaf in model.items() if leaf.is_floating_point()]
@@ -162,13 +162,13 @@ def _tabulate_array(updates: npt.NDArray[Any] | Tensor, reference: Tree) -> Tabl
             f"of {rows.dtype}"
         )
     anchor = None if reference is None else _read_reference(reference)
-    if anchor is not None and (reason := _misfit({(): rows[0]}, _form(anchor))):
+    if anchor is not None and (reason := misfit({(): rows[0]}, form_of(anchor))):
         raise InputError(f"none of the {len(rows)} updates is usable; the first {reason}")
     block = Block(rows.reshape(len(rows), -1), None if anchor is None else anchor[()].reshape(-1))
     return Table(updates[0], list(range(len(rows))), {}, (block,), ())
 
 
-def _read(tree: Tree) -> Leaves | str:
+def read_leaves(tree: Tree) -> Leaves | str:
     """A tree's leaves, or why it has none."""
     try:
         return dict(_leaves(tree))
@@ -179,7 +179,7 @@ def _read(tree: Tree) -> Leaves | str:
 
 
 def _read_reference(reference: Tree) -> Leaves:
-    found = _read(reference)
+    found = read_leaves(reference)
     if isinstance(found, str):
         raise InputError(f"the reference {found}")
     _check_finite(found, "reference")
@@ -242,7 +242,8 @@ def _look(tree: Tree) -> Hashable:
     return isinstance(tree, Tensor), _as_tensor(tree, ()).dtype
 
 
-def _form(found: Leaves) -> Form:
+def form_of(found: Leaves) -> Form:
+    """What updates with these leaves agree on."""
     return frozenset((p, tuple(leaf.shape), leaf.is_floating_point()) for p, leaf in found.items())
 
 
@@ -251,11 +252,11 @@ def _commonest(items: Iterable[T]) -> T:
     return Counter(items).most_common(1)[0][0]
 
 
-def _misfit(found: Leaves | str, wanted: Form) -> str | None:
+def misfit(found: Leaves | str, wanted: Form) -> str | None:
     """Why an update does not have the wanted form; None if it does."""
     if isinstance(found, str):
         return found
-    form = _form(found)
+    form = form_of(found)
     if form == wanted:
         return None
     targets = {path: (shape, floating) for path, shape, floating in wanted}

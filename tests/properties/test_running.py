@@ -76,6 +76,18 @@ def test_whole_rows_one_by_one_or_several_at_once(size: float) -> None:
         assert result.certificate is not None
 
 
+def test_shares_may_be_given_at_the_end() -> None:
+    X, shares = rows(8, 50, 3, []), [1.0, 2, 1, 1, 3, 1, 1, 1]
+    running = RunningAggregate(8, 50, dtype=torch.float64)
+    running.extend(X)
+    expected = fr.aggregate(X, "mean", shares)
+    np.testing.assert_allclose(running.result("mean", shares=shares).value, expected.value)
+    np.testing.assert_allclose(running.result("mean").value, X.mean(axis=0))
+    for wrong in ([1.0], [-1.0] * 8, [np.nan] * 8):
+        with pytest.raises(InputError, match="8 shares"):
+            running.result("mean", shares=wrong)
+
+
 def test_a_reference_and_shares_count_as_in_aggregate() -> None:
     X = rows(8, 50, 1, []) + 1000
     model, shares = np.full(50, 1000.0), [1.0, 2, 1, 1, 3, 1, 1, 1]

@@ -1,0 +1,1 @@
+"""The digits, shared out to clients of Flower's."""

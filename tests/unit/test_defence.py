@@ -1,0 +1,85 @@
+"""What the adapters share: caps on shares, medians of reports, and what is imported when."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedrobust.integrations.defence import Defence, Offer, capped, medians
+
+COUNTS = st.lists(st.floats(1e-3, 1e15), min_size=1, max_size=12)
+
+
+@given(counts=COUNTS, most=st.floats(0.01, 1.0))
+def test_no_share_is_above_the_cap_and_all_are_in_order(counts: list[float], most: float) -> None:
+    examples = np.array(counts)
+    shares = capped(examples, most)
+    assert shares.sum() == pytest.approx(1)
+    assert shares.max() <= max(most, 1 / len(counts)) * (1 + 1e-9)
+    order = np.argsort(examples, kind="stable")
+    assert all(a <= b * (1 + 1e-9) for a, b in pairwise(shares[order]))
+
+
+@given(counts=COUNTS, most=st.floats(0.01, 1.0), lie=st.floats(1, 1e15))
+def test_a_lie_wins_no_more_than_the_cap(counts: list[float], most: float, lie: float) -> None:
+    shares = capped(np.array([*counts, lie]), most)
+    assert shares[-1] <= max(most, 1 / len(shares)) * (1 + 1e-9)
+
+
+def test_below_the_cap_shares_are_in_proportion() -> None:
+    np.testing.assert_allclose(capped(np.array([1.0, 2.0, 3.0, 4.0]), 0.4), [0.1, 0.2, 0.3, 0.4])
+    assert capped(np.array([1.0, 1.0, 2.0, 1e12]), 0.4) == pytest.approx([0.15, 0.15, 0.3, 0.4])
+
+
+@given(
+    honest=st.lists(st.floats(0, 1), min_size=3, max_size=9),
+    lies=st.lists(
+        st.sampled_from([1e300, -1e300, float("nan"), float("inf"), "x", [1.0, 2.0], None, {}])
+    ),
+)
+def test_a_minority_cannot_push_a_report_out_of_the_honest_range(
+    honest: list[float], lies: list[object]
+) -> None:
+    lies = lies[: (len(honest) - 1) // 2]
+    found = medians([{"loss": value} for value in (*honest, *lies)])
+    assert min(honest) <= found["loss"] <= max(honest)
+
+
+def test_lists_are_reported_by_their_most_common_length() -> None:
+    records = [{"history": [1.0, 2.0]}, {"history": [3.0, 4.0]}, {"history": [5.0]}]
+    assert medians(records) == {"history": [2.0, 3.0]}
+    assert medians([]) == {}
+
+
+def test_the_same_client_counts_once() -> None:
+    reference = {"w": np.zeros(3, np.float32)}
+    offers = [
+        Offer(who, {"w": np.full(3, value, np.float32)}) for who, value in (("a", 1), ("a", 9), ("b", 2))
+    ]
+    found = Defence("mean").decide(1, 2, offers, {}, reference)
+    np.testing.assert_allclose(found.result.value["w"], 1.5)
+    assert found.refused == {"a": "answers twice"}
+
+
+def test_an_aggregate_that_is_not_finite_never_becomes_the_model() -> None:
+    reference = {"w": np.zeros(2, np.float32)}
+    offers = [Offer(i, {"w": np.full(2, 1e39)}) for i in range(4)]
+    found = Defence("mean").decide(1, 4, offers, {}, reference)
+    assert found.skipped == "the aggregate is not finite"
+
+
+def test_a_broadcast_that_is_not_finite_is_told() -> None:
+    found = Defence("mean").decide(1, 1, [Offer(1, {"w": np.ones(2)})], {}, {"w": np.full(2, np.nan)})
+    assert found.skipped == "the reference holds values that are not finite"
+
+
+def test_the_library_needs_no_host() -> None:
+    code = "import sys, fedrobust, fedrobust.integrations; print({'flwr', 'nvflare'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

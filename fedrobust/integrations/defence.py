@@ -298,3 +298,6 @@ def _counts(examples: object) -> bool:
         and not isinstance(examples, bool)
         and 0 < examples <= _MOST_EXAMPLES
     )
+
+
+__all__ = ["Defence", "Offer", "Round", "Unreadable", "capped", "medians"]

@@ -398,3 +398,6 @@ def _scalars(reported: Sequence[Mapping[str, Scalar]]) -> dict[str, Scalar]:
 def _kept(found: Round) -> Round:
     """A round without the model."""
     return found if found.result is None else replace(found, result=replace(found.result, value=None))
+
+
+__all__ = ["RobustFitStrategy", "RobustStrategy"]

@@ -383,3 +383,6 @@ def _params(
 
 def _array(leaf: Any) -> np.ndarray[Any, Any]:  # noqa: ANN401 (an array or a tensor)
     return np.asarray(leaf.float().cpu() if isinstance(leaf, Tensor) else leaf)
+
+
+__all__ = ["REPORT", "ROUND", "RobustAggregator"]

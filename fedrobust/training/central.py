@@ -157,6 +157,3 @@ def _generator(
 def _seed(course: Course, epoch: int, stream: int) -> int:
     key = np.random.SeedSequence(course.seed, spawn_key=(epoch, stream))
     return int(key.generate_state(1, np.uint64)[0])
-
-
-__all__ = ["Course", "Progress", "train"]

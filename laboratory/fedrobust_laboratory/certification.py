@@ -16,6 +16,7 @@ import numpy as np
 import ray
 import tomlkit
 import torch
+from fedrobust_server import lifeline
 from fedrobust_server.launch import start_ray
 from fedrobust_server.runs import read_checkpoint
 from ray.util import ActorPool
@@ -248,7 +249,11 @@ def _answers(asked: _Asked, numbers: Sequence[int]) -> Iterator[list[Entry]]:
     parts = [list(part) for part in _batched(numbers, size)]
     count = min(gpus or int(resources.get("CPU", 1)), len(parts))
     pool = ActorPool([asker.remote(sent) for _ in range(count)])
-    yield from pool.map(lambda actor, part: actor.ask.remote(part), parts)
+    answers = pool.map(lambda actor, part: actor.ask.remote(part), parts)
+    for _ in parts:
+        with lifeline.told("a piece of work"):
+            entries = next(answers)
+        yield entries
 
 
 def _batched(numbers: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:

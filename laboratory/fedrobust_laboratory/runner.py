@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import torch
+from fedrobust_server import lifeline
 from fedrobust_server.launch import start_ray
 
 from fedrobust import InputError
@@ -92,7 +93,9 @@ def _in_parallel(planned: Sequence[Trial], data_dir: Path | None, evaluations: i
         if not waiting:
             return
         (ended, *_), waiting = ray.wait(waiting)
-        yield ray.get(ended)
+        with lifeline.told("a run"):
+            trial = ray.get(ended)
+        yield trial
 
 
 def _run(planned: Trial, data_dir: Path | None, evaluations: int) -> Trial:

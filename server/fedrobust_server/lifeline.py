@@ -7,7 +7,9 @@ later Ray ends our process. Before that happens, whoever waits here is told by a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -15,6 +17,7 @@ from ray._private import worker
 from ray._raylet import NodeID
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError, RpcError
 
+from fedrobust.errors import InputError
 from fedrobust.text import printable
 
 PATIENCE = 30.0
@@ -85,6 +88,22 @@ def reason(error: RayError) -> str:
     """What Ray says became of something, in one line."""
     why = str(error).strip().rpartition("\n")[2]
     return printable(f"{type(error).__name__}: {why}", 400)
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Tell in one line that Ray lost what was under way, which can be gone on with.
+
+    Raises:
+        ConnectionError: in the place of what Ray raises.
+        InputError: as the process that worked on it raised it.
+    """
+    try:
+        yield
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, InputError) else error) from None
+    except RayError as error:
+        raise ConnectionError(f"{what} was lost: {reason(error)}; begin again, and it goes on") from None
 
 
 _HELP = "when the cluster is back, go on by --resume"

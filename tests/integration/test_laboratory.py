@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from fedrobust_laboratory.grid import configuration, read_grid
 from fedrobust_laboratory.measure import measure
+from fedrobust_server import lifeline
 
 from fedrobust.cli import main
 from fedrobust.data import load
+from fedrobust.errors import InputError
 
 from .processes import COMMAND
 
@@ -86,3 +89,15 @@ def test_what_a_grid_cannot_be_is_told_in_one_line(capsys: pytest.CaptureFixture
 def test_without_a_grid_the_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare"]) == 0
     assert "digits" in capsys.readouterr().out
+
+
+def test_work_that_ray_loses_is_told_in_one_line(ray_cluster: None) -> None:
+    def bad() -> None:
+        raise InputError("no such thing")
+
+    die, refuse = ray.remote(max_retries=0)(lambda: os._exit(1)), ray.remote(bad)
+    lost = r"a run was lost: WorkerCrashedError.*begin again"
+    with pytest.raises(ConnectionError, match=lost), lifeline.told("a run"):
+        ray.get(die.remote())
+    with pytest.raises(InputError, match=r"^no such thing$"), lifeline.told("a run"):
+        ray.get(refuse.remote())

@@ -241,9 +241,7 @@ def _answers(asked: _Asked, numbers: Sequence[int]) -> Iterator[list[Entry]]:
     sent.__dict__["vector"] = asked.vector
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = int(resources.get("GPU", 0))
-    remote: Any = ray.remote(
-        num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0, max_restarts=3, max_task_retries=3
-    )
+    remote: Any = ray.remote(num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0)
     asker = remote(_Asker)
     size = max(1, _COPIES // (asked.plan.n0 + asked.plan.n))
     parts = [list(part) for part in _batched(numbers, size)]

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from fedrobust_laboratory.central import Trained, train_in
-from fedrobust_laboratory.certification import Plan, certify
+from fedrobust_laboratory.certification import Plan
 from fedrobust_laboratory.grid import configuration, read_grid
 from fedrobust_laboratory.measure import measure
 from fedrobust_laboratory.play import play
@@ -26,7 +25,7 @@ from fedrobust.cli import main
 from fedrobust.data import load
 from fedrobust.errors import InputError
 from fedrobust.smoothing import read_log
-from fedrobust.training import Course, Task
+from fedrobust.training import Course, Task, load_vector
 
 from .processes import COMMAND
 
@@ -58,37 +57,37 @@ def test_training_that_was_killed_goes_on_to_the_same_model(trained: Path, tmp_p
     assert all(torch.equal(twin[name], ours[name]) for name in twin)
 
 
-def test_certifying_that_was_killed_goes_on_to_the_same_log(trained: Path, tmp_path: Path) -> None:
-    """Also: a log does not depend on how many processes answer."""
-    once, killed = tmp_path / "once.tsv", tmp_path / "killed.tsv"
-    plan, model = Plan(sigma=0.25, n=5000, every=9), Trained.find(trained)
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        certify(model, plan, once)
-    finally:
-        ray.shutdown()
-    command = [*COMMAND, "certify", str(trained), "--sigma", "0.25", "--n", "5000", "--every", "9"]
-    command += ["--to", str(killed), "--json"]
+def test_certifying_that_was_killed_goes_on_to_the_same_log(
+    ray_cluster: None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also: a log is what one process finds by itself."""
+    log = tmp_path / "log.tsv"
+    arguments = ["certify", str(trained), "--sigma", "0.25", "--n", "5000", "--every", "9"]
+    arguments += ["--to", str(log), "--json"]
+    command = [*COMMAND, *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         deadline = time.monotonic() + 120
-        while not (killed.exists() and killed.read_text().count("\n") > 2):
+        while not (log.exists() and log.read_text().count("\n") > 2):
             assert process.poll() is None
             assert time.monotonic() < deadline, "no image is certified"
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
-    with killed.open("a") as file:
+    early = log.read_text()
+    with log.open("a") as file:
         file.write("9\t3\t")  # what a crash in the middle of a line leaves
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    answer = json.loads(done.stdout.splitlines()[-1])
+    assert main(arguments) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert log.read_text().startswith(early)
 
-    def entries(path: Path) -> list[str]:
-        return [line.rpartition("\t")[0] for line in path.read_text().splitlines()]
-
-    assert entries(killed) == entries(once)
-    log = read_log(once)
-    assert answer["images"] == len(log) == 40
-    assert answer["average_radius"] == log.average_radius > 0.2
-    assert log.idx.tolist() == list(range(0, 360, 9))
+    dataset, plan, model = load("digits"), Plan(sigma=0.25, n=5000, every=9), Trained.find(trained)
+    module = COURSE.build_model(dataset)
+    load_vector(module, read_checkpoint(model.checkpoint, module))
+    classifier = plan.classifier(dataset.normalisation.of_pixels(module), 10)
+    expected = plan.ask(classifier, dataset, range(0, 360, 9))
+    lines = [line.rpartition("\t")[0] for line in log.read_text().splitlines()[1:]]
+    assert lines == [entry.line().rpartition("\t")[0] for entry in expected]
+    assert answer["images"] == 40
+    assert answer["average_radius"] == read_log(log).average_radius > 0.2
 
 
 def test_all_that_can_be_asked_is_answered(

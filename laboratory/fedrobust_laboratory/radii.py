@@ -100,7 +100,7 @@ def radii_panels(panels: Mapping[str, Mapping[str, tuple[Floats, Floats]]]) -> F
         for name, (radii, accuracy) in lines.items():
             style = drawing.STYLES[names.index(name) % len(drawing.STYLES)]
             keys[name] = drawing.line(axes, radii.tolist(), accuracy, style, drawing.plain(name, 60))
-        axes.set_title(drawing.plain(title, 40), loc="left", fontsize=10, color=drawing.INK)
+        axes.set_title(drawing.plain(title, 34), loc="left", fontsize=9, color=drawing.INK)
         axes.set_xlim(left=0)
         axes.set_xlabel("l2 radius", color=drawing.INK)
         axes.tick_params(labelsize=9, colors=drawing.INK)

@@ -25,7 +25,8 @@ OPTIMISERS = st.one_of(
     st.builds(SGD, lr=LR, momentum=st.just(0.0) | DECAY),
     st.builds(Adagrad, lr=LR, tau=TAU),
     st.builds(Adam, lr=LR, tau=TAU, beta1=DECAY, beta2=DECAY),
-    st.builds(Yogi, lr=LR, tau=TAU, beta1=DECAY, beta2=DECAY),
+    # Below 1/2 Yogi may take almost all of v away, and float32 has no digits left of it.
+    st.builds(Yogi, lr=LR, tau=TAU, beta1=DECAY, beta2=st.floats(0.5, 0.999)),
 )
 
 

@@ -22,14 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from fedrobust_laboratory.central import Trained
-from fedrobust_server.runs import read_checkpoint
 from torch import Tensor, nn
 
 from benchmarks.measure import MB, sample
 from benchmarks.peers import NEEDS, installed
 from fedrobust.data import load
 from fedrobust.smoothing import RoundedGaussian, SmoothedClassifier
-from fedrobust.training import load_vector, parse_model
+from fedrobust.training import parse_model
 
 SIGMA, CLASSES, N0, COPIES, COHENS_BATCH, ARTS_BATCH = 0.5, 10, 100, 100_000, 1000, 32
 Certify = Callable[[int], None]
@@ -170,9 +169,8 @@ def early(folder: Path, sigma: float, every: int, data_dir: Path | None) -> None
         data_dir: where datasets are.
     """
     trained = Trained.find(folder)
-    dataset = load(trained.dataset, data_dir)
-    module = parse_model(trained.model)(dataset.shape, dataset.classes, trained.seed)
-    load_vector(module, read_checkpoint(trained.checkpoint, module))
+    dataset = load(trained.source.dataset, data_dir)
+    module = trained.module(dataset)
     classifier = SmoothedClassifier(
         dataset.normalisation.of_pixels(module), sigma, dataset.classes, dtype=torch.bfloat16
     )

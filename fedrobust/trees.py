@@ -141,10 +141,10 @@ def fit(update: Tree, like: Tree) -> tuple[list[Tensor], list[Tensor]]:
     reason = misfit(found, form_of(model)) if isinstance(model, dict) else model
     if reason is not None or isinstance(found, str) or isinstance(model, str):
         raise InputError(reason)
-    floating = [p for p, leaf in model.items() if leaf.is_floating_point()]
+    leaves = [(found[path].to(leaf), leaf.is_floating_point()) for path, leaf in model.items()]
     return (
-        [found[path].to(model[path]).reshape(-1) for path in floating],
-        [found[path].to(model[path]) for path in model if path not in floating],
+        [leaf.reshape(-1) for leaf, floating in leaves if floating],
+        [leaf for leaf, floating in leaves if not floating],
     )
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import json
 import signal
 import time
-import typing
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedrobust.cli.parsing import attribute_docs, command, complain
+from fedrobust.cli.parsing import add_fields, command, complain, given_fields
 from fedrobust.errors import InputError
 from fedrobust.text import printable
 
@@ -129,38 +127,19 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "--log", type=Path, metavar="FILE", help="log there, in JSON lines [standard error]"
     )
     parser.add_argument("--log-level", default="warning", help="debug, info, warning or error [warning]")
-    for cls, title in ((RunConfig, "the run"), (Task, "the task")):
-        group = parser.add_argument_group(title)
-        hints, help_texts = typing.get_type_hints(cls), attribute_docs(cls)
-        for field in dataclasses.fields(cls):
-            if field.name in ("task", "limits"):  # tables of the file
-                continue
-            group.add_argument(
-                f"--{field.name.replace('_', '-')}",
-                dest=f"{cls.name}:{field.name}",
-                type=hints[field.name],
-                metavar=field.name.upper(),
-                help=f"{help_texts[field.name]} [{_default(field)}]".replace("%", "%%"),
-            )
-
-
-def _default(field: dataclasses.Field[Any]) -> object:
-    return "the date and time" if field.name == "run" else field.default
+    add_fields(parser, RunConfig, "the run", without=("task", "limits"))  # tables of the file
+    add_fields(parser, Task, "the task")
 
 
 def _run_config(options: argparse.Namespace) -> RunConfig:
     from fedrobust_server.config import RunConfig, read_config
 
+    from fedrobust.training import Task
+
     values = read_config(options.config) if options.config else {}
-    given = {
-        tuple(key.split(":")): value
-        for key, value in vars(options).items()
-        if ":" in key and value is not None
-    }
     values.setdefault("run", time.strftime("%Y%m%d-%H%M%S"))
-    values |= {field: value for (table, field), value in given.items() if table == "run"}
-    task = {field: value for (table, field), value in given.items() if table == "task"}
-    if task:
+    values |= given_fields(options, RunConfig)
+    if task := given_fields(options, Task):
         values["task"] = {**values.get("task", {}), **task}
     return RunConfig.from_dict(values)
 

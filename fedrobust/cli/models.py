@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedrobust.cli.parsing import attribute_docs, command, progress
+from fedrobust.cli.parsing import add_fields, command, given_fields, progress
 from fedrobust.errors import InputError
 
 if TYPE_CHECKING:
     from fedrobust.smoothing import Log
-    from fedrobust.text import Textual
 
 _TRAIN = """\
 examples, the second one goes on with the model of a run:
@@ -37,7 +34,7 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
     if chosen == "train":
         from fedrobust.training import Course
 
-        _fields(train, Course, "the course")
+        add_fields(train, Course, "the course")
     train.add_argument(
         "--from", dest="initial", type=Path, metavar="FILE", help="a checkpoint to start from"
     )
@@ -58,7 +55,7 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
     if chosen == "certify":
         from fedrobust_laboratory.certification import Plan
 
-        _fields(certify, Plan, "what is asked")
+        add_fields(certify, Plan, "what is asked")
     certify.add_argument("--checkpoint", type=Path, metavar="FILE", help="another one than the last")
     certify.add_argument(
         "--to",
@@ -78,36 +75,12 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
     certify.add_argument("--data-dir", type=Path, help="where datasets are [$FEDROBUST_DATA]")
 
 
-def _fields(parser: argparse.ArgumentParser, cls: type[Textual], title: str) -> None:
-    """A flag for every field, described by the class's own docstring."""
-    group = parser.add_argument_group(title)
-    hints, texts = typing.get_type_hints(cls), attribute_docs(cls)
-    for field in dataclasses.fields(cls):
-        flag: dict[str, Any] = {"type": hints[field.name], "metavar": field.name.upper()}
-        if hints[field.name] is bool:
-            flag = {"action": "store_const", "const": True}
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=f"field:{field.name}",
-            help=f"{texts[field.name]} [{field.default}]".replace("%", "%%"),
-            **flag,
-        )
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        key.removeprefix("field:"): value
-        for key, value in vars(options).items()
-        if key.startswith("field:") and value is not None
-    }
-
-
 def _train(options: argparse.Namespace) -> int:
     from fedrobust_laboratory.central import train_in
 
     from fedrobust.training import Course, Progress
 
-    course = Course(**_given(options))
+    course = Course(**given_fields(options, Course))
     folder = options.to or Path("trained", course.dataset)
     with progress(course.epochs) as watch:
         watch("epoch 1")
@@ -117,50 +90,31 @@ def _train(options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps({"epoch": done.epochs, "loss": done.loss}), flush=True)  # noqa: T201
 
-        checkpoint = train_in(folder, course, options.data_dir, options.initial, ended)
-    accuracy = _accuracy(course, checkpoint, options.data_dir)
+        checkpoint, judged = train_in(folder, course, options.data_dir, options.initial, ended)
     if options.json:
-        print(json.dumps({"checkpoint": str(checkpoint), "accuracy": accuracy}))  # noqa: T201
+        print(json.dumps({"checkpoint": str(checkpoint), "accuracy": judged.accuracy}))  # noqa: T201
     else:
-        print(f"{100 * accuracy:.2f} % of the test images without noise; {checkpoint}")  # noqa: T201
+        print(f"{100 * judged.accuracy:.2f} % of the test images without noise; {checkpoint}")  # noqa: T201
     return 0
-
-
-def _accuracy(course: Any, checkpoint: Path, data_dir: Path | None) -> float:  # noqa: ANN401
-    from fedrobust_server.runs import read_checkpoint
-
-    from fedrobust.data import load
-    from fedrobust.training import evaluate, load_vector
-
-    dataset = load(course.dataset, data_dir)
-    module = course.build_model(dataset)
-    load_vector(module, read_checkpoint(checkpoint, module))
-    return evaluate(module, dataset.test_x, dataset.test_y).accuracy
 
 
 def _certify(options: argparse.Namespace) -> int:
     from fedrobust_laboratory.central import Trained
-    from fedrobust_laboratory.certification import Plan, certify
+    from fedrobust_laboratory.certification import Asked, Plan, certify
 
-    from fedrobust.data import load
-    from fedrobust.smoothing import Entry, read_log
+    from fedrobust.smoothing import read_log
 
     if options.plot:
         return _plot(options)
     if options.model is None:
         raise InputError("say whose model, by the folder of a run or of a training; or --plot LOG")
-    plan = Plan(**_given(options))
-    trained = Trained.find(options.model, options.checkpoint)
+    plan = Plan(**given_fields(options, Plan))
+    asked = Asked(Trained.find(options.model, options.checkpoint), plan, options.data_dir)
     what = "attacked" if plan.attack else "certified"
     log = options.to or options.model / f"{what}-{plan.sigma:g}.tsv"
-    total = -(-len(load(trained.dataset, options.data_dir).test_y) // plan.every)
-    with progress(total) as watch:
+    with progress(len(asked.numbers)) as watch:
         watch("")  # counts what has ended, and not what begins
-
-        def ended(entry: Entry) -> None:
-            watch(f"image {entry.idx}")
-
-        certify(trained, plan, log, options.data_dir, options.ray_address, ended)
+        certify(asked, log, options.ray_address, lambda number: watch(f"image {number}"))
     _show({log.stem: read_log(log)}, log, as_json=options.json)
     return 0
 
@@ -176,7 +130,7 @@ def _plot(options: argparse.Namespace) -> int:
     if attacked and len(logs) > 1:
         raise InputError("--attacked is drawn beside one log, give --plot just that of the same model")
     picture = options.to or Path("radii.png")
-    figure = radii_figure(logs, dict.fromkeys(logs, attacked) if attacked else None)
+    figure = radii_figure(logs, attacked)
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(drawing.to_png(figure))
     _show(logs, picture, as_json=options.json)
@@ -193,7 +147,7 @@ def _named(paths: list[Path]) -> dict[str, Path]:
 
 
 def _show(logs: dict[str, Log], written: Path, *, as_json: bool) -> None:
-    from fedrobust_laboratory.radii import STEP, radii_table
+    from fedrobust_laboratory.radii import radii_of, radii_table
 
     from fedrobust.smoothing import certified_accuracy
 
@@ -201,14 +155,13 @@ def _show(logs: dict[str, Log], written: Path, *, as_json: bool) -> None:
         print(f"{radii_table(logs)}\n\n{written}")  # noqa: T201
         return
     for name, log in logs.items():
-        radii = [STEP * i for i in range(int(log.radius.max() / STEP) + 1)]
+        radii = radii_of([log])
+        found = certified_accuracy(log, radii)
         line = {
             "log": name,
             "images": len(log),
             "average_radius": log.average_radius,
             "abstained": log.abstained,
-            "certified_accuracy": dict(
-                zip(map(str, radii), certified_accuracy(log, radii).tolist(), strict=True)
-            ),
+            "certified_accuracy": dict(zip(map(str, radii.tolist()), found.tolist(), strict=True)),
         }
         print(json.dumps(line))  # noqa: T201

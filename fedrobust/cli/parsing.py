@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from fedrobust.errors import InputError
-from fedrobust.text import printable
+from fedrobust.text import Textual, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +56,40 @@ def attribute_docs(cls: type) -> dict[str, str]:
         elif last and line.strip():
             docs[last] = f"{docs[last]} {line.strip().rstrip('.')}"
     return docs
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, cls: type[Textual], title: str, without: Sequence[str] = ()
+) -> None:
+    """A flag for every field of a dataclass but some, described by its own docstring.
+
+    What is given is found by `given_fields`.
+    """
+    group = parser.add_argument_group(title)
+    hints, texts = typing.get_type_hints(cls), attribute_docs(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in without:
+            continue
+        default = "the date and time" if (cls.name, field.name) == ("run", "run") else field.default
+        kind: dict[str, Any] = {"type": hints[field.name], "metavar": field.name.upper()}
+        if hints[field.name] is bool:
+            kind = {"action": "store_const", "const": True}
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=f"{cls.name}:{field.name}",
+            help=f"{texts[field.name]} [{default}]".replace("%", "%%"),
+            **kind,
+        )
+
+
+def given_fields(options: argparse.Namespace, cls: type[Textual]) -> dict[str, Any]:
+    """The fields of a dataclass that the command line gives."""
+    start = f"{cls.name}:"
+    return {
+        key.removeprefix(start): value
+        for key, value in vars(options).items()
+        if key.startswith(start) and value is not None
+    }
 
 
 @contextlib.contextmanager

@@ -60,16 +60,12 @@ class _Arena:
 
     Attributes:
         like: leaves as they are to be returned: their shapes, dtypes, and whether they are tensors.
-        running: the floating leaves of each update as a row.
-        who: the place of each row's client among all.
-        counters: the other leaves of each row.
+        running: the updates, in wider dtypes, by their sites.
         examples: the number that each reports.
     """
 
     like: Mapping[str, tuple[Tensor, bool]]
     running: RunningAggregate
-    who: list[int] = field(default_factory=list)
-    counters: list[dict[str, Tensor]] = field(default_factory=list)
     examples: list[object] = field(default_factory=list)
 
 
@@ -221,11 +217,14 @@ class RobustAggregator(ModelAggregator):
                 return why
             key = form_of(wanted)
             if not difference:
-                update = {k: (_less(leaf, like[k][0]), t) for k, (leaf, t) in update.items()}
-        row = _flat({k: leaf for k, (leaf, _) in update.items() if leaf.is_floating_point()}, like)
-        if len(row) == 0:
+                update = {k: (_wide(leaf) - _wide(like[k][0]), t) for k, (leaf, t) in update.items()}
+        form = {k: _wide(leaf) for k, (leaf, _) in like.items()}
+        tree = {k: leaf.to(form[k].dtype) for k, (leaf, _) in update.items()}
+        floating = [leaf for leaf in tree.values() if leaf.is_floating_point()]
+        if not sum(leaf.numel() for leaf in floating):
             return "holds no floating-point values"
-        if not (largest := float(row.abs().max())) < LARGEST_NORM:
+        largest = max(float(leaf.abs().max()) for leaf in floating if leaf.numel())
+        if not largest < LARGEST_NORM:
             return (
                 "holds values that are not finite"
                 if not math.isfinite(largest)
@@ -233,14 +232,8 @@ class RobustAggregator(ModelAggregator):
             )
         arena = intake.arenas.get(key)
         if arena is None:
-            arena = intake.arenas[key] = _Arena(
-                like, RunningAggregate(self._room(), len(row), dtype=row.dtype)
-            )
-        arena.running.add(row)
-        arena.who.append(intake.clients.index(name))
-        arena.counters.append(
-            {k: leaf for k, (leaf, _) in update.items() if not leaf.is_floating_point()}
-        )
+            arena = intake.arenas[key] = _Arena(like, RunningAggregate(self._room(), like=form))
+        arena.running.add(tree, client=name)
         arena.examples.append(examples)
         intake.metrics[name] = model.metrics if isinstance(model.metrics, dict) else {}
         intake.differences += difference
@@ -265,10 +258,10 @@ class RobustAggregator(ModelAggregator):
         found = Round(number, asked, tuple(intake.clients), intake.refused)
         if not intake.arenas:
             return replace(found, skipped="there is no usable update"), None, False
-        arena = max(intake.arenas.values(), key=lambda each: len(each.who))
+        arena = max(intake.arenas.values(), key=lambda each: len(each.running))
         for other in intake.arenas.values():
-            for index in other.who if other is not arena else ():
-                intake.refused[intake.clients[index]] = "differs from most others in its arrays"
+            for site in other.running.clients if other is not arena else ():
+                intake.refused[str(site)] = "differs from most others in its arrays"
         try:
             result = arena.running.result(
                 self.rule,
@@ -278,17 +271,13 @@ class RobustAggregator(ModelAggregator):
             )
         except InputError as error:
             return replace(found, skipped=str(error)), None, False
-        intake.refused |= {intake.clients[arena.who[row]]: why for row, why in result.refused.items()}
-        kept = [row for row in range(len(arena.who)) if row not in result.refused]
+        sites = [str(site) for site in arena.running.clients]
+        intake.refused |= {sites[row]: why for row, why in result.refused.items()}
         known = intake.reference is not None
         differences = 2 * intake.differences > len(intake.metrics)
-        params = _params(
-            arena.like,
-            result.value,
-            [arena.counters[row] for row in kept],
-            add=known and not differences,
-        )
-        found = replace(found, result=result.over(len(intake.clients), arena.who, None, {}))
+        params = _params(arena.like, result.value, add=known and not differences)
+        places = [intake.clients.index(site) for site in sites]
+        found = replace(found, result=result.over(len(intake.clients), places, None, {}))
         found = self._defence.judge(found, (_array(leaf) for leaf in params.values()))
         return found, None if found.skipped else params, differences
 
@@ -344,40 +333,21 @@ def _look(update: Mapping[str, tuple[Tensor, bool]], difference: bool) -> Hashab
     return difference, names
 
 
-def _less(leaf: Tensor, from_: Tensor) -> Tensor:
-    """A difference; of counters in 64 bits, so that truth values have one as well."""
+def _wide(leaf: Tensor) -> Tensor:
+    """In which differences, means and medians lose nothing that the model's own dtype keeps."""
     if leaf.is_floating_point():
-        dtype = torch.promote_types(from_.dtype, torch.float32)
-        return leaf.to(dtype) - from_.to(dtype)
-    return leaf.to(torch.int64) - from_.to(torch.int64)
-
-
-def _flat(update: Mapping[str, Tensor], like: Mapping[str, tuple[Tensor, bool]]) -> Tensor:
-    """The floating leaves as a row, in float64 only if the model is."""
-    wide = any(leaf.dtype == torch.float64 for leaf, _ in like.values())
-    dtype = torch.float64 if wide else torch.float32
-    parts = [leaf.reshape(-1).to(dtype) for leaf in update.values()]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+        return leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+    return leaf.to(torch.int64)
 
 
 def _params(
-    like: Mapping[str, tuple[Tensor, bool]],
-    row: Tensor,
-    counters: list[dict[str, Tensor]],
-    *,
-    add: bool,
+    like: Mapping[str, tuple[Tensor, bool]], value: Mapping[str, Tensor], *, add: bool
 ) -> dict[str, Any]:
-    """Arrays from a row, and the lower median of the counters; added to the model, or not."""
-    params, start = dict[str, Any](), 0
+    """Arrays of the form of `like`; added to it, or not."""
+    params = dict[str, Any]()
     for key, (leaf, is_tensor) in like.items():
-        if leaf.is_floating_point():
-            value = row[start : start + leaf.numel()].reshape(leaf.shape)
-            start += leaf.numel()
-        else:
-            found = torch.stack([each[key].to(torch.int64) for each in counters])
-            value = found.sort(dim=0).values[(len(counters) - 1) // 2]
-        value = (value + leaf.to(value.dtype) if add else value).to(leaf.dtype)
-        params[key] = value if is_tensor else value.cpu().numpy()
+        found = (value[key] + _wide(leaf) if add else value[key]).to(leaf.dtype)
+        params[key] = found if is_tensor else found.cpu().numpy()
     return params
 
 

@@ -2,7 +2,7 @@
 
 from fedrobust.smoothing.attacks import DDN, PGD, Adversary, parse_adversary, plain, smoothed
 from fedrobust.smoothing.classifier import ABSTAIN, Certified, SmoothedClassifier
-from fedrobust.smoothing.logs import Entry, Log, begun, certified_accuracy, envelope, read_log
+from fedrobust.smoothing.logs import Entry, Log, certified_accuracy, envelope, read_log
 from fedrobust.smoothing.noise import Gaussian, RoundedGaussian
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Log",
     "RoundedGaussian",
     "SmoothedClassifier",
-    "begun",
     "certified_accuracy",
     "envelope",
     "parse_adversary",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class Adversary(Textual):
             (k, *shape), each within eps of its image.
         """
 
-    def within(self, eps: float) -> Any:  # noqa: ANN401 (of its own class)
+    def within(self, eps: float) -> Self:
         """The same attack with another eps."""
         return replace(self, eps=eps)
 

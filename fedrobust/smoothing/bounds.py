@@ -8,7 +8,6 @@ from scipy.special import betaincc, betaincinv, betaln, ndtr, ndtri
 from scipy.stats import binom
 
 Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
 
 
 def lower_bound(successes: npt.ArrayLike, trials: npt.ArrayLike, alpha: float) -> Floats:

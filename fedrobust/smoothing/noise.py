@@ -123,8 +123,8 @@ class RoundedGaussian:
         return _Levels(whole.short(), self.levels, _inverse(self.sigma * self.levels), seed)
 
     def error(self, size: int) -> float:
-        """See `Noise`: for each number and level a rounding of float64, twice over."""
-        return size * len(_inverse(self.sigma * self.levels).thresholds) * 2.0**-51
+        """See `Noise`: for each number and level a few roundings of float64."""
+        return size * len(_inverse(self.sigma * self.levels).thresholds) * 2.0**-50
 
 
 class _Levels:

@@ -111,10 +111,10 @@ def train(course: Course, dataset: Dataset, module: nn.Module, begun: Progress) 
     device = next(module.parameters()).device
     load_vector(module, begun.model)
     parameters, velocity = list(module.parameters()), begun.velocity.to(device).clone()
-    objective, at = parse_objective(course.objective), begun.epochs
+    objective = parse_objective(course.objective)
     per_epoch = -(-len(dataset.train_y) // course.batch)
     module.train()
-    for epoch in range(at, course.epochs):
+    for epoch in range(begun.epochs, course.epochs):
         order = torch.randperm(len(dataset.train_y), generator=_generator(course, epoch, _ORDER))
         step = Step(module, dataset.normalisation, _generator(course, epoch, _NOISE, device), epoch)
         total = torch.zeros((), device=device)

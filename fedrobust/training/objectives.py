@@ -45,26 +45,6 @@ class Step:
         out = x.new_empty(len(x), m, *x.shape[1:])
         return out.normal_(std=sigma, generator=self.generator)
 
-    def attacked(
-        self,
-        adversary: Adversary,
-        log_probabilities: LogProbabilities,
-        x: Tensor,
-        y: Tensor,
-        warmup: int,
-    ) -> Tensor:
-        """What an adversary makes of (k, *shape) pixels, found in evaluation mode.
-
-        Its eps grows in equal steps over so many rounds, as in the code of Salman et al. 2019.
-        """
-        if self.time + 1 < warmup:
-            adversary = adversary.within(adversary.eps * (self.time + 1) / warmup)
-        training = self.module.training
-        self.module.eval()
-        found = adversary(log_probabilities, x, y, limits=self.scale.limits)
-        self.module.train(training)
-        return found
-
 
 @dataclass(frozen=True, repr=False)
 class Objective(Textual):
@@ -114,6 +94,42 @@ class _Noisy(Objective):
 
 
 @dataclass(frozen=True, repr=False)
+class _Attacked(Objective):
+    """Trains on what an adversary makes of images.
+
+    Attributes:
+        attack: the adversary, as text.
+        warmup: over so many rounds, or epochs, eps grows to its value; 0: at once.
+    """
+
+    attack: str = "pgd(0.5, steps=4)"
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.warmup >= 0, "warmup must not be negative")
+        _ = self.adversary
+
+    @cached_property
+    def adversary(self) -> Adversary:
+        """What the text says. Raises `InputError` if that is none."""
+        return parse_adversary(self.attack)
+
+    def attacked(self, step: Step, log_probabilities: LogProbabilities, x: Tensor, y: Tensor) -> Tensor:
+        """(k, *shape) pixels, attacked in evaluation mode.
+
+        In warm-up eps grows in equal steps, as in the code of Salman et al. 2019.
+        """
+        part = min((step.time + 1) / max(self.warmup, 1), 1.0)
+        adversary = self.adversary.within(self.adversary.eps * part)
+        training = step.module.training
+        step.module.eval()
+        found = adversary(log_probabilities, x, y, limits=step.scale.limits)
+        step.module.train(training)
+        return found
+
+
+@dataclass(frozen=True, repr=False)
 class GaussianAugmentation(_Noisy):
     """The cross-entropy on images with Gaussian noise.
 
@@ -129,11 +145,11 @@ class GaussianAugmentation(_Noisy):
     def __call__(self, step: Step, x: Tensor, y: Tensor) -> Tensor:
         """See `Objective`."""
         pixels = step.scale.pixels(x)
-        return _under(step, pixels, step.noise(pixels, self.m, self.sigma), y)
+        return _loss(_scores(step, pixels, step.noise(pixels, self.m, self.sigma)), y)
 
 
 @dataclass(frozen=True, repr=False)
-class AdversarialTraining(Objective):
+class AdversarialTraining(_Attacked):
     """The cross-entropy on the images that an adversary makes, from the model as it is.
 
     Madry, Makelov, Schmidt, Tsipras, Vladu, ICLR 2018 (arXiv 1706.06083), equation 2.1.
@@ -145,23 +161,14 @@ class AdversarialTraining(Objective):
 
     name = "adversarial"
 
-    attack: str = "pgd(0.5, steps=4)"
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_adversary(self.attack)
-        self.require(self.warmup >= 0, "warmup must not be negative")
-
     def __call__(self, step: Step, x: Tensor, y: Tensor) -> Tensor:
         """See `Objective`."""
-        pixels, adversary = step.scale.pixels(x), parse_adversary(self.attack)
-        found = step.attacked(adversary, plain(step.of_pixels), pixels, y, self.warmup)
+        found = self.attacked(step, plain(step.of_pixels), step.scale.pixels(x), y)
         return cross_entropy(step.of_pixels(found), y)
 
 
 @dataclass(frozen=True, repr=False)
-class SmoothAdv(_Noisy):
+class SmoothAdv(_Attacked, _Noisy):
     """Adversarial training of the smoothed classifier.
 
     The adversary climbs the loss of the average under noise, log 1/m sum_j f(x' + noise_j); then the
@@ -180,19 +187,13 @@ class SmoothAdv(_Noisy):
 
     m: int = 2
     attack: str = "pgd(1.0, steps=4)"
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_adversary(self.attack)
-        self.require(self.warmup >= 0, "warmup must not be negative")
 
     def __call__(self, step: Step, x: Tensor, y: Tensor) -> Tensor:
         """See `Objective`."""
-        pixels, adversary = step.scale.pixels(x), parse_adversary(self.attack)
+        pixels = step.scale.pixels(x)
         noise = step.noise(pixels, self.m, self.sigma)
-        averaged = smoothed(step.of_pixels, noise)
-        return _under(step, step.attacked(adversary, averaged, pixels, y, self.warmup), noise, y)
+        found = self.attacked(step, smoothed(step.of_pixels, noise), pixels, y)
+        return _loss(_scores(step, found, noise), y)
 
 
 @dataclass(frozen=True, repr=False)
@@ -225,16 +226,14 @@ class Consistency(_Noisy):
     def __call__(self, step: Step, x: Tensor, y: Tensor) -> Tensor:
         """See `Objective`."""
         pixels = step.scale.pixels(x)
-        noise = step.noise(pixels, self.m, self.sigma)
-        scores = step.of_pixels((pixels.unsqueeze(1) + noise).flatten(0, 1))
-        loss = cross_entropy(scores, y.repeat_interleave(self.m))
-        each = log_softmax(scores, dim=1).view(len(x), self.m, -1)
+        scores = _scores(step, pixels, step.noise(pixels, self.m, self.sigma))
+        each = log_softmax(scores, dim=2)
         mean = each.exp().mean(dim=1)
         entropy = -(mean * mean.clamp_min(1e-20).log()).sum(dim=1).mean()
         divergence = (
-            kl_div(each, mean.unsqueeze(1).expand_as(each), reduction="sum") / each[..., 0].numel()
+            kl_div(each, mean.unsqueeze(1).expand_as(each), reduction="sum") / scores[..., 0].numel()
         )
-        return loss + self.lbd * divergence + self.eta * entropy
+        return _loss(scores, y) + self.lbd * divergence + self.eta * entropy
 
 
 CATALOG: dict[str, type[Objective]] = {
@@ -258,7 +257,12 @@ def parse_objective(text: str) -> Objective:
     return parse(text, CATALOG, "objective")
 
 
-def _under(step: Step, pixels: Tensor, noise: Tensor, y: Tensor) -> Tensor:
-    """The cross-entropy at (k, *shape) pixels under each of (k, m, *shape) samples of noise."""
-    noisy = (pixels.unsqueeze(1) + noise).flatten(0, 1)
-    return cross_entropy(step.of_pixels(noisy), y.repeat_interleave(noise.shape[1]))
+def _scores(step: Step, pixels: Tensor, noise: Tensor) -> Tensor:
+    """(k, m, classes): of (k, *shape) pixels under each of (k, m, *shape) samples of noise."""
+    found: Tensor = step.of_pixels((pixels.unsqueeze(1) + noise).flatten(0, 1))
+    return found.view(len(pixels), noise.shape[1], -1)
+
+
+def _loss(scores: Tensor, y: Tensor) -> Tensor:
+    """The mean cross-entropy of (k, m, classes) scores."""
+    return cross_entropy(scores.flatten(0, 1), y.repeat_interleave(scores.shape[1]))

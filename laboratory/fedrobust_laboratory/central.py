@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tomlkit
 import torch
 from fedrobust_server.config import RunConfig, read_config
 from fedrobust_server.runs import read_checkpoint, save_tensors
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedrobust import InputError
-from fedrobust.data import load
+from fedrobust.data import Dataset, load
 from fedrobust.text import choose
-from fedrobust.training import Course, Progress, Task, manifest, split_vector, train
+from fedrobust.training import (
+    Course,
+    Evaluation,
+    Progress,
+    Task,
+    evaluate,
+    load_vector,
+    manifest,
+    split_vector,
+    train,
+)
 
 _CONFIG, _STATE = "config.toml", "state.safetensors"
 
@@ -29,7 +40,7 @@ def train_in(
     data_dir: Path | None = None,
     initial: Path | None = None,
     watch: Callable[[Progress], None] = lambda _progress: None,
-) -> Path:
+) -> tuple[Path, Evaluation]:
     """Train a model; one whose training was cut short goes on after its last epoch, to the same model.
 
     Args:
@@ -40,37 +51,50 @@ def train_in(
         watch: is told of every epoch.
 
     Returns:
-        The checkpoint.
+        The checkpoint, and how its model does on the test images, without noise.
 
     Raises:
         InputError: the folder holds something else, the data is not there, or as `read_checkpoint`.
     """
     dataset = load(course.dataset, data_dir)
     module = course.build_model(dataset)
-    begun = Progress.from_model(module)
+    at = Progress.from_model(module)
     if initial is not None:
-        begun = dataclasses.replace(begun, model=read_checkpoint(initial, module))
-    text = tomlkit.dumps({**dataclasses.asdict(course), "initial": str(initial or "")})
-    path = folder / _CONFIG
-    if path.exists():
-        if path.read_text() != text:
-            raise InputError(
-                f"{folder} holds another training or run; choose another --to, or remove it"
-            )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        at = dataclasses.replace(at, model=read_checkpoint(initial, module))
+    about = {**dataclasses.asdict(course), "initial": str(initial or "")}
+    claim(folder / _CONFIG, about, f"{folder} holds another training or run")
     if (folder / _STATE).exists():
-        begun = _read(folder / _STATE)
+        at = _read(folder / _STATE)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
-    at = begun
-    for at in train(course, dataset, module, begun):
+    for at in train(course, dataset, module, at):  # noqa: B020 (it goes on from where it is)
         _write(folder / _STATE, at)
         watch(at)
+    module.to("cpu")
     checkpoint = folder / "checkpoints" / f"epoch-{course.epochs:06d}.safetensors"
     checkpoint.parent.mkdir(exist_ok=True)
     save_tensors(checkpoint, split_vector(at.model.cpu(), manifest(module)), {})
-    return checkpoint
+    return checkpoint, evaluate(module, dataset.test_x, dataset.test_y)
+
+
+def claim(path: Path, about: Mapping[str, Any], otherwise: str) -> None:
+    """Write down what is worked on, where nothing is yet; what is there must be the same.
+
+    Args:
+        path: of a TOML file; it is whole or absent, whatever happens.
+        about: plain values.
+        otherwise: what the error says is wrong.
+
+    Raises:
+        InputError: the file says something else.
+    """
+    text = tomlkit.dumps(about)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f"{path.name}.partial")
+        fresh.write_text(text)
+        fresh.replace(path)
+    elif path.read_text() != text:
+        raise InputError(f"{otherwise}, see {path}; choose another place with --to, or remove it")
 
 
 def _write(path: Path, progress: Progress) -> None:
@@ -94,15 +118,11 @@ class Trained:
     """A model that was trained, by a federation or centrally.
 
     Attributes:
-        dataset: the name of what it was trained on.
-        model: its architecture, as text.
-        seed: that its parameters were first drawn by.
+        source: what was trained, and on what.
         checkpoint: the file that holds its parameters.
     """
 
-    dataset: str
-    model: str
-    seed: int
+    source: Task | Course
     checkpoint: Path
 
     @classmethod
@@ -127,4 +147,10 @@ class Trained:
         found = sorted((folder / "checkpoints").glob("*.safetensors"))
         if checkpoint is None and not found:
             raise InputError(f"there is no checkpoint in {folder / 'checkpoints'}: was it cut short?")
-        return cls(source.dataset, source.model, source.seed, checkpoint or found[-1])
+        return cls(source, checkpoint or found[-1])
+
+    def module(self, dataset: Dataset) -> nn.Module:
+        """The model, with its parameters. Raises as `read_checkpoint`."""
+        module = self.source.build_model(dataset)
+        load_vector(module, read_checkpoint(self.checkpoint, module))
+        return module

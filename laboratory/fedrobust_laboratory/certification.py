@@ -14,20 +14,19 @@ from typing import Any
 
 import numpy as np
 import ray
-import tomlkit
 import torch
 from fedrobust_server import lifeline
 from fedrobust_server.launch import start_ray
-from fedrobust_server.runs import read_checkpoint
 from ray.util import ActorPool
 from torch import Tensor, nn
 
 from fedrobust import InputError
 from fedrobust.data import Dataset, load
-from fedrobust.smoothing import Entry, RoundedGaussian, SmoothedClassifier, begun, parse_adversary
+from fedrobust.smoothing import Entry, RoundedGaussian, SmoothedClassifier, parse_adversary
+from fedrobust.smoothing.logs import begun
 from fedrobust.text import Textual, choose, parse
-from fedrobust.training import load_vector, parse_model
-from fedrobust_laboratory.central import Trained
+from fedrobust.training import load_vector, to_vector
+from fedrobust_laboratory.central import Trained, claim
 
 _COPIES = 20_000
 """So many noisy copies make a piece of work that is worth sending to another process."""
@@ -48,7 +47,7 @@ class Plan(Textual):
             be used against.
         precision: "float32", or "bfloat16": then that network is the one that is certified.
         attack: in the place of certifying, attack as this says, "pgd(0.5, steps=20)" or "ddn(0.5)", and
-            predict; an image that withstands it has its eps for a radius.
+            predict; all entries have its eps for a radius.
         m: samples of noise that the attack looks at.
         naive: whether the attack is on the model under noise, rather than on the smoothed classifier.
         seed: of the noise, 0 or above.
@@ -125,7 +124,7 @@ class Plan(Textual):
         if self.noise == "rounded":
             x = (x * 255).round() / 255
         label = classifier.predict(x, self.n, self.alpha, seed=self.seed, ids=which)
-        return label, np.where(label == y.numpy(), adversary.eps, 0.0)
+        return label, np.full(len(label), adversary.eps)
 
 
 def parse_plan(text: str) -> Plan:
@@ -137,59 +136,15 @@ def parse_plan(text: str) -> Plan:
     return parse(text, {"plan": Plan}, "plan")
 
 
-def certify(
-    trained: Trained,
-    plan: Plan,
-    log: Path,
-    data_dir: Path | None = None,
-    ray_address: str | None = None,
-    watch: Callable[[Entry], None] = lambda _entry: None,
-) -> None:
-    """Ask about the test images, as many at a time as Ray has processors, and write down every answer.
-
-    The answers are the same whatever the number of processes; a log that was cut short is gone on with.
-
-    Args:
-        trained: the model.
-        plan: what is asked.
-        log: the file, in the columns of Cohen et al. 2019; beside it, with the ending `.toml`, is
-            written what it is a log of.
-        data_dir: where datasets are; None reads FEDROBUST_DATA.
-        ray_address: a Ray cluster to join; None starts one on this machine.
-        watch: is told of every new entry.
-
-    Raises:
-        InputError: the data or the model is not there, or the log is of something else.
-    """
-    asked = _Asked(trained, plan, data_dir)
-    _claim(log, {**dataclasses.asdict(plan), "model": asked.digest, "dataset": trained.dataset})
-    known = begun(log)
-    left = [i for i in range(0, len(asked.dataset.test_y), plan.every) if i not in known]
-    if not left:
-        return
-    with log.open("a", encoding="utf-8") as file, start_ray(ray_address):
-        for entries in _answers(asked, left):
-            file.writelines(f"{entry.line()}\n" for entry in entries)
-            file.flush()
-            for entry in entries:
-                watch(entry)
-
-
-def _claim(log: Path, about: dict[str, Any]) -> None:
-    path, text = log.with_suffix(".toml"), tomlkit.dumps(about)
-    if path.exists() and path.read_text() != text:
-        raise InputError(
-            f"{log} is a log of another model or plan, see {path}; choose another file with --to"
-        )
-    if not path.exists() and log.exists():
-        raise InputError(f"{log} is no log of ours to go on with; choose another file with --to")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
 @dataclass(frozen=True)
-class _Asked:
-    """A model and a plan, which each process builds for itself."""
+class Asked:
+    """A model and a plan; every process finds the rest by itself.
+
+    Attributes:
+        trained: the model.
+        plan: what is asked of it.
+        data_dir: where datasets are; None reads FEDROBUST_DATA.
+    """
 
     trained: Trained
     plan: Plan
@@ -197,34 +152,75 @@ class _Asked:
 
     @cached_property
     def dataset(self) -> Dataset:
-        return load(self.trained.dataset, self.data_dir)
+        """That the model was trained on."""
+        return load(self.trained.source.dataset, self.data_dir)
+
+    @property
+    def numbers(self) -> range:
+        """Of the test images that are asked about."""
+        return range(0, len(self.dataset.test_y), self.plan.every)
 
     @cached_property
     def vector(self) -> Tensor:
-        return read_checkpoint(self.trained.checkpoint, self._module())
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.vector.numpy().tobytes()).hexdigest()
-
-    def _module(self) -> nn.Module:
-        return parse_model(self.trained.model)(
-            self.dataset.shape, self.dataset.classes, self.trained.seed
-        )
+        """(d,) the model's parameters."""
+        return to_vector(self.trained.module(self.dataset))
 
     @cached_property
     def classifier(self) -> SmoothedClassifier:
-        module = self._module()
+        """The smoothed classifier, of pixels."""
+        module = self.trained.source.build_model(self.dataset)
         load_vector(module, self.vector)
         module = self.dataset.normalisation.of_pixels(module)
         module.to("cuda" if torch.cuda.is_available() else "cpu")
         return self.plan.classifier(module, self.dataset.classes)
 
 
+def certify(
+    asked: Asked,
+    log: Path,
+    ray_address: str | None = None,
+    watch: Callable[[int], None] = lambda _number: None,
+) -> None:
+    """Ask about the test images, as many at a time as Ray has processors, and write down every answer.
+
+    The answers are the same whatever the number of processes; a log that was cut short is gone on with.
+
+    Args:
+        asked: what is asked of which model.
+        log: the file, in the columns of Cohen et al. 2019; beside it, under its name and `.toml`, is
+            written what it is a log of.
+        ray_address: a Ray cluster to join; None starts one on this machine.
+        watch: is told the number of every image in the log, those of an earlier time first.
+
+    Raises:
+        InputError: the data or the model is not there, or the log is of something else.
+        ConnectionError: Ray does not start, or a process of it is lost.
+    """
+    model = hashlib.sha256(asked.vector.numpy().tobytes()).hexdigest()
+    about = {**dataclasses.asdict(asked.plan), "model": model, "dataset": asked.trained.source.dataset}
+    beside = log.with_name(f"{log.name}.toml")
+    if log.exists() and not beside.exists():
+        raise InputError(f"{log} is no log of ours to go on with; choose another file with --to")
+    claim(beside, about, f"{log} is a log of another model or plan")
+    known = begun(log)
+    for number in asked.numbers:
+        if number in known:
+            watch(number)
+    left = [number for number in asked.numbers if number not in known]
+    if not left:
+        return
+    with log.open("a", encoding="utf-8") as file, start_ray(ray_address):
+        for entries in _answers(asked, left):
+            file.writelines(f"{entry.line()}\n" for entry in entries)
+            file.flush()
+            for entry in entries:
+                watch(entry.idx)
+
+
 class _Asker:
     """A process that answers."""
 
-    def __init__(self, asked: _Asked) -> None:
+    def __init__(self, asked: Asked) -> None:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         self._asked = asked
@@ -233,12 +229,11 @@ class _Asker:
         return self._asked.plan.ask(self._asked.classifier, self._asked.dataset, numbers)
 
 
-def _answers(asked: _Asked, numbers: Sequence[int]) -> Iterator[list[Entry]]:
+def _answers(asked: Asked, numbers: Sequence[int]) -> Iterator[list[Entry]]:
     """In the numbers' order."""
-    _ = asked.vector  # read once, here: other machines may not have the file
     data_dir = None if asked.data_dir is None else asked.data_dir.resolve()
-    sent = _Asked(asked.trained, asked.plan, data_dir)
-    sent.__dict__["vector"] = asked.vector
+    sent = dataclasses.replace(asked, data_dir=data_dir)
+    sent.__dict__["vector"] = asked.vector  # read once, here: other machines may not have the file
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = int(resources.get("GPU", 0))
     remote: Any = ray.remote(num_cpus=0 if gpus else 1, num_gpus=1 if gpus else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from fedrobust.smoothing import Log, certified_accuracy
 from fedrobust.training import client_name, load_vector
 from fedrobust_laboratory.certification import Plan
 from fedrobust_laboratory.play import Played, play
+from fedrobust_laboratory.radii import FINER, STEP
 
 LAST = 5
 """Over so many rounds at the end accuracy is averaged."""
@@ -52,7 +54,7 @@ def measure(
         rounds_skipped: the fraction of rounds that did not move the model.
         curve: [round, accuracy] of the rounds in which the model was judged.
         average_radius: the average certified radius; this and the next only with a plan.
-        certified: [radius, certified accuracy], in steps of a tenth of sigma.
+        certified: [radius, certified accuracy], up to 4 sigma, five radii to a step of the tables.
 
     Raises:
         InputError: the run cannot begin, or no round had enough clients for the rule.
@@ -89,7 +91,7 @@ def measure(
 def _certified(module: nn.Module, dataset: Dataset, plan: Plan) -> dict[str, Any]:
     classifier = plan.classifier(dataset.normalisation.of_pixels(module), dataset.classes)
     log = Log.of(plan.ask(classifier, dataset, range(0, len(dataset.test_y), plan.every)))
-    radii = plan.sigma * np.arange(41) / 10
+    radii = STEP * np.arange(math.ceil(4 * plan.sigma / STEP * FINER) + 1) / FINER
     curve = zip(radii.tolist(), certified_accuracy(log, radii).tolist(), strict=True)
     return {"average_radius": log.average_radius, "certified": list(curve)}
 

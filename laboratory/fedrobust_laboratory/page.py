@@ -19,7 +19,7 @@ from fedrobust.trials import Summary, Trial
 from fedrobust.trials import table as markdown
 from fedrobust_laboratory.findings import Arena, arenas, ranked
 from fedrobust_laboratory.grid import Grid
-from fedrobust_laboratory.radii import STEP, radii_panels
+from fedrobust_laboratory.radii import FINER, radii_panels
 
 _SHOWN = (
     ("malicious_weight", "weight of malicious clients", 100.0, "%"),
@@ -192,11 +192,12 @@ def _beside(arena: Arena) -> Table:
 
 def _certified(arena: Arena) -> Table:
     found = arena.certified()
-    last = max((float(c.radii[-1]) for c in found.values()), default=0.0)
-    radii = STEP * np.arange(int(last / STEP) + 1)
+    radii = next(
+        (c.radii[::FINER] for c in found.values()), np.zeros(0)
+    )  # one plan, so the same for all
     rows = []
     for (rule, attack), certified in found.items():
-        values = 100 * np.interp(radii, certified.radii, certified.accuracy)
+        values = 100 * certified.accuracy[::FINER]
         radius = certified.average_radius
         spread = f" ± {radius.spread:.3f}" if radius.count > 1 else ""
         cells = [f"{radius.mean:.3f}{spread}", *(f"{value:.1f}" for value in values)]

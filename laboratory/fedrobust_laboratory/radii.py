@@ -19,6 +19,14 @@ from fedrobust.trials import table
 Floats = npt.NDArray[np.float64]
 STEP = 0.25
 """Between the radii of a table."""
+FINER = 5
+"""So many radii of a grid's curves make a step."""
+
+
+def radii_of(logs: Sequence[Log]) -> Floats:
+    """The radii of a table: 0, and on in equal steps to the largest that is certified."""
+    last = max(float(log.radius.max(initial=0.0)) for log in logs)
+    return np.linspace(0.0, STEP * (count := math.floor(last / STEP)), count + 1)
 
 
 def radii_table(logs: Mapping[str, Log]) -> str:
@@ -26,8 +34,7 @@ def radii_table(logs: Mapping[str, Log]) -> str:
 
     Several logs have a last row, the best of them at each radius.
     """
-    last = max(float(log.radius.max(initial=0.0)) for log in logs.values())
-    radii = STEP * np.arange(math.floor(last / STEP) + 1)
+    radii = radii_of(list(logs.values()))
     rows = [
         [
             name,
@@ -48,36 +55,29 @@ def _percent(values: Floats) -> list[str]:
     return [f"{100 * value:.2f}".rstrip("0").rstrip(".") for value in values]
 
 
-def radii_figure(logs: Mapping[str, Log], attacked: Mapping[str, Sequence[Log]] | None = None) -> Figure:
+def radii_figure(logs: Mapping[str, Log], attacked: Sequence[Log] = ()) -> Figure:
     """Certified accuracy against radius, a line a log.
 
     Args:
         logs: by the name to show.
-        attacked: likewise, logs of attacks, one for each eps: what is withstood is drawn as a dotted
-            line in the colour of the log of the same name.
+        attacked: logs of attacks on the first one's model, one for each eps: what is withstood is drawn
+            as a dotted line in its colour.
     """
     figure = Figure(
         figsize=(drawing.WIDTH, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.1), facecolor="white"
     )
     axes = figure.add_subplot()
-    keys = []
-    for number, (name, log) in enumerate(logs.items()):
-        style = drawing.STYLES[number % len(drawing.STYLES)]
-        keys.append(_curve(axes, name, _steps(log), style))
-        if attacked and name in attacked:
-            found = sorted((float(a.radius.max()), float(a.correct.mean())) for a in attacked[name])
-            eps, withstood = zip(*found, strict=True)
-            (dots,) = axes.plot(
-                eps, withstood, ":", color=style.colour, marker=style.marker, markersize=5, linewidth=1.5
-            )
-            dots.set_label(drawing.plain(f"{name}, under attack", 60))
-            keys.append(dots)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("l2 radius", color=drawing.INK)
-    axes.tick_params(labelsize=9.5, colors=drawing.INK)
-    axes.grid(color=drawing.RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    keys = [
+        _curve(axes, name, log, drawing.STYLES[number % len(drawing.STYLES)])
+        for number, (name, log) in enumerate(logs.items())
+    ]
+    if attacked:
+        found = sorted((float(log.radius.max()), float(log.correct.mean())) for log in attacked)
+        first = drawing.STYLES[0]
+        (dots,) = axes.plot(*zip(*found, strict=True), ":", color=first.colour, marker=first.marker)
+        dots.set_label(drawing.plain(f"{next(iter(logs))}, under attack", 60))
+        keys.append(dots)
+    _dress(axes)
     drawing.percent(axes, "certified accuracy")
     return drawing.finish(figure, keys)
 
@@ -101,26 +101,31 @@ def radii_panels(panels: Mapping[str, Mapping[str, tuple[Floats, Floats]]]) -> F
             style = drawing.STYLES[names.index(name) % len(drawing.STYLES)]
             keys[name] = drawing.line(axes, radii.tolist(), accuracy, style, drawing.plain(name, 60))
         axes.set_title(drawing.plain(title, 34), loc="left", fontsize=9, color=drawing.INK)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("l2 radius", color=drawing.INK)
-        axes.tick_params(labelsize=9, colors=drawing.INK)
-        axes.grid(color=drawing.RULE, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        _dress(axes)
     drawing.percent(found[0], "certified accuracy")
     return drawing.finish(figure, list(keys.values()))
 
 
-def _steps(log: Log) -> tuple[Floats, Floats]:
-    """The radii at which certified accuracy falls, and what it is up to each."""
+def _dress(axes: Axes) -> None:
+    axes.set_xlim(left=0)
+    axes.set_xlabel("l2 radius", color=drawing.INK)
+    axes.tick_params(labelsize=9, colors=drawing.INK)
+    axes.grid(color=drawing.RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(axes: Axes, name: str, log: Log, style: drawing.Style) -> Artist:
+    """Steps at the radii at which certified accuracy falls."""
     radii = np.unique(np.append(log.radius[log.correct], 0.0))
     radii = np.append(radii, radii[-1] * (1 + 1e-9))
-    return radii, certified_accuracy(log, radii)
-
-
-def _curve(axes: Axes, name: str, steps: tuple[Floats, Floats], style: drawing.Style) -> Artist:
-    radii, accuracy = steps
     (line,) = axes.step(
-        radii, accuracy, where="pre", color=style.colour, linestyle=style.dashes, linewidth=1.8
+        radii,
+        certified_accuracy(log, radii),
+        where="pre",
+        color=style.colour,
+        linestyle=style.dashes,
+        linewidth=1.8,
     )
     line.set_label(drawing.plain(name, 60))
     return line

@@ -103,11 +103,8 @@ def _run(planned: Trial, data_dir: Path | None, evaluations: int) -> Trial:
     torch.set_num_threads(1)
     began = time.perf_counter()
     try:
-        config, asked = (
-            configuration({**planned.setting, "seed": planned.seed}),
-            planned.setting.get("certify"),
-        )
-        plan = parse_plan(asked) if asked else None
+        config = configuration({**planned.setting, "seed": planned.seed})
+        plan = parse_plan(planned.setting["certify"]) if "certify" in planned.setting else None
         figures = measure(config, _load(config.task.dataset, data_dir), evaluations, plan)
     except InputError as error:
         figures = {"refused": str(error)}

@@ -9,7 +9,8 @@ import pytest
 
 from fedrobust.data.files import ENVIRONMENT_VARIABLE
 from fedrobust.errors import InputError
-from fedrobust.smoothing import Entry, Log, begun, certified_accuracy, envelope, read_log
+from fedrobust.smoothing import Entry, Log, certified_accuracy, envelope, read_log
+from fedrobust.smoothing.logs import begun
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "certified_accuracy.csv"
 """Certified accuracy of the logs that Cohen et al. 2019 and Salman et al. 2019 published, to 4 digits.

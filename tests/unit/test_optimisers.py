@@ -25,35 +25,42 @@ OPTIMISERS = st.one_of(
     st.builds(SGD, lr=LR, momentum=st.just(0.0) | DECAY),
     st.builds(Adagrad, lr=LR, tau=TAU),
     st.builds(Adam, lr=LR, tau=TAU, beta1=DECAY, beta2=DECAY),
-    # Below 1/2 Yogi may take almost all of v away, and float32 has no digits left of it.
-    st.builds(Yogi, lr=LR, tau=TAU, beta1=DECAY, beta2=st.floats(0.5, 0.999)),
+    st.builds(Yogi, lr=LR, tau=TAU, beta1=DECAY, beta2=DECAY),
 )
 
 
-def averaged(o: Any, x: Floats, deltas: list[Floats]) -> Floats:
-    """FedAvgM."""
+def averaged(o: Any, x: Floats, deltas: list[Floats]) -> tuple[Floats, Floats]:
+    """FedAvgM; float32 loses nothing to speak of."""
     v = np.zeros_like(x)
     for delta in deltas:
         v = o.momentum * v + delta
         x = x + o.lr * v
-    return x
+    return x, np.zeros_like(x)
 
 
-def adaptive(o: Any, x: Floats, deltas: list[Floats]) -> Floats:
-    """Algorithm 2 of Reddi et al., line by line, in float64."""
+def adaptive(o: Any, x: Floats, deltas: list[Floats]) -> tuple[Floats, Floats]:
+    """Algorithm 2 of Reddi et al., line by line, in float64, and how far float32 may end from it.
+
+    Yogi takes squares away from v: what they leave may be less than what rounding them has cost.
+    """
     beta1 = getattr(o, "beta1", 0.0)
     m, v = np.zeros_like(x), np.full_like(x, o.tau**2)
+    doubt, slack = np.zeros_like(x), np.zeros_like(x)
     for delta in deltas:
         m = beta1 * m + (1 - beta1) * delta
         match o:
             case Adagrad():
                 v = v + delta**2
             case Yogi():
+                doubt = doubt + 2.0**-22 * (v + delta**2)
+                doubt = np.where(np.abs(v - delta**2) <= doubt, np.inf, doubt)  # of either sign
                 v = v - (1 - o.beta2) * delta**2 * np.sign(v - delta**2)
             case Adam():
                 v = o.beta2 * v + (1 - o.beta2) * delta**2
         x = x + o.lr * m / (np.sqrt(v) + o.tau)
-    return x
+        least, most = np.sqrt(np.maximum(v - doubt, 0.0)), np.sqrt(v + doubt)
+        slack = slack + np.abs(o.lr * m) * (1 / (least + o.tau) - 1 / (most + o.tau))
+    return x, slack
 
 
 @settings(deadline=None)
@@ -71,10 +78,11 @@ def test_steps_are_the_papers(optimiser: Optimiser, seed: int, scale: float, ste
     assert state.shape == (1 + optimiser.kept, 30)
     for delta in deltas:
         optimiser.step(state, torch.from_numpy(delta))
-    paper: Callable[..., Floats] = averaged if isinstance(optimiser, SGD) else adaptive
-    expected = paper(optimiser, model.astype(float), [delta.astype(float) for delta in deltas])
+    paper: Callable[..., tuple[Floats, Floats]] = averaged if isinstance(optimiser, SGD) else adaptive
+    expected, slack = paper(optimiser, model.astype(float), [delta.astype(float) for delta in deltas])
     moved = np.abs(expected - model).max()
-    np.testing.assert_allclose(state[0], expected, rtol=1e-5, atol=1e-5 * moved)
+    allowed = 1e-5 * np.abs(expected) + 1e-5 * moved + slack
+    np.testing.assert_array_less(np.abs(state[0].numpy() - expected), allowed + 1e-30)
 
 
 @settings(deadline=None)

@@ -64,12 +64,23 @@ def test_on_a_linear_classifier_attacks_find_the_worst_image() -> None:
     torch.testing.assert_close(linf.flatten(1), x.flatten(1) + 0.5 * sign * away.sign())
 
 
-def test_ddn_shrinks_where_it_has_won() -> None:
-    """It ends at length eps all the same, since it is to train with, but on another path than PGD's."""
-    module, (x, y) = network(), examples()
-    found = DDN(0.7, steps=5)(plain(module), x, y)
-    lengths = torch.linalg.vector_norm((found - x).flatten(1), dim=1)
-    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.7))
+def test_ddn_shrinks_where_it_has_won_and_grows_where_not() -> None:
+    """And ends at length eps all the same, since it is to train with."""
+    seen: list[Tensor] = []
+    always = torch.tensor([0.0, 5.0, 5.0])  # the bias: class 0 is never found, class 1 always
+
+    def log_probabilities(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        flat = x.flatten(1)
+        return log_softmax(always + torch.stack([flat[:, 0], flat[:, 1], flat[:, 1] - 9], dim=1), dim=1)
+
+    x, y = torch.zeros(2, 1, 2, 2), torch.tensor([0, 1])
+    found = DDN(0.5, steps=4, gamma=0.1)(log_probabilities, x, y)
+    lengths = torch.stack([torch.linalg.vector_norm(step.flatten(1), dim=1) for step in seen])
+    steps = torch.arange(4.0)
+    torch.testing.assert_close(lengths[1:, 0], 0.5 * 0.9 ** steps[1:])
+    torch.testing.assert_close(lengths[1:, 1], 0.5 * 1.1 ** steps[1:])
+    torch.testing.assert_close(torch.linalg.vector_norm(found.flatten(1), dim=1), torch.full((2,), 0.5))
 
 
 def test_the_smoothed_loss_has_the_logarithm_outside() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -31,7 +32,7 @@ class Textual:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for field, hint in _hints(type(self)).items():
+        for field, hint in _hints(type(self)).items():  # type: ignore[arg-type] # mypy looks at the instances' hash
             value = getattr(self, field)
             if not _fits(value, hint):
                 wanted = getattr(hint, "__name__", str(hint))
@@ -141,7 +142,8 @@ def _build(node: ast.expr, text: str, catalog: Mapping[str, type[T]], kind: str)
     return cls(**arguments)
 
 
-def _hints(cls: type[Textual]) -> dict[str, Any]:
+@functools.cache  # large grids check thousands of texts of a few classes
+def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 

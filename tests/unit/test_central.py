@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,20 @@ def test_a_step_is_that_of_torch(digits: Dataset) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_half_precision_ends_nearby_in_whole_parameters(digits: Dataset) -> None:
+    ends = []
+    for precision in ("float32", "bfloat16"):
+        course = replace(
+            COURSE, objective="smoothadv(0.1, attack='pgd(0.1, steps=1)')", precision=precision
+        )
+        module = course.build_model(digits)
+        ends.append(list(train(course, digits, module, Progress.from_model(module)))[-1])
+    whole, half = ends
+    assert half.model.dtype == torch.float32
+    assert not torch.equal(half.model, whole.model)
+    assert half.loss == pytest.approx(whole.loss, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -60,6 +75,7 @@ def test_a_step_is_that_of_torch(digits: Dataset) -> None:
         ({"lr": 0.0}, "lr must be above 0"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"decay": -1.0}, "decay must not be negative"),
+        ({"precision": "float16"}, "unknown precision 'float16'"),
         ({"objective": "hinge"}, "unknown objective"),
         ({"model": "vit"}, "unknown model"),
         ({"dataset": "svhn"}, "unknown dataset"),

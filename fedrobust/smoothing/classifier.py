@@ -272,7 +272,10 @@ class SmoothedClassifier:
     def batch_size(self, shape: Sequence[int]) -> int:
         """How many noisy copies of such images go through the model at once; found by trial, once."""
         if self._batch is None:
-            self._batch = fastest_batch(self.labels, torch.zeros(*shape, device=self._device))
+            image = torch.zeros(*shape, device=self._device)
+            # On a thread of those that will do the work: on a CPU a batch is one thread's.
+            trial = workers(torch.get_num_threads()).submit(fastest_batch, self.labels, image)
+            self._batch = trial.result()
         return self._batch
 
     @torch.inference_mode()

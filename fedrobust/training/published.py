@@ -38,7 +38,8 @@ def byzfl_cnn(shape: Shape, classes: int) -> nn.Sequential:
     """Two blocks of 5 x 5 convolution, ReLU and pooling; 431 080 parameters on MNIST.
 
     Source: `cnn_mnist` of ByzFL (González, Guerraoui, Pinot, Rizk, Stephan, Taïani 2025, arXiv
-    2505.24802). Deviation: no log-softmax at the end, since the cross-entropy does that itself.
+    2505.24802). Deviation: no log-softmax at the end, since the cross-entropy does that itself. The
+    LeNet of Jeong, Shin, NeurIPS 2020 (arXiv 2006.04062), is the same.
 
     Raises:
         InputError: the images are too small.

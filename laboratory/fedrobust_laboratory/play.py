@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,18 @@ from fedrobust_clients.malicious import Coalition, Threat
 from fedrobust_proto.v1.federation_pb2 import Status
 from fedrobust_server import quarantine
 from fedrobust_server import round as machine
+from fedrobust_server.combination import Combination
 from fedrobust_server.config import RunConfig
 from fedrobust_server.quarantine import evidence, parse_policy
 from fedrobust_server.record import by_client
 from fedrobust_server.runs import read_checkpoint
-from fedrobust_server.schedule import parse_schedule
 from torch import Tensor
 
-from fedrobust import Aggregated, InputError, Verdict, kernels, parse_rule
-from fedrobust.aggregate import LocalRows, combine, gram_of
+from fedrobust import Aggregated, InputError, Verdict, kernels
+from fedrobust.aggregate import LocalRows
 from fedrobust.data import Dataset
 from fedrobust.kernels import Block, Vector
 from fedrobust.optimisers import parse_optimiser
-from fedrobust.rules import CoordinateWise
 from fedrobust.training import Learner, Shared, client_name, load_vector, to_vector, updates
 
 _NON_FINITE = machine.Fault(Status.STATUS_NON_FINITE, "the update holds values that are not finite")
@@ -150,8 +149,7 @@ class _Table:
     def __init__(self, config: RunConfig, model: Tensor) -> None:
         self._config, self._optimiser = config, parse_optimiser(config.optimiser)
         self._state = self._optimiser.begin(model)
-        self._policy, self._schedule = parse_policy(config.quarantine), parse_schedule(config.schedule)
-        self._weighs = not isinstance(parse_rule(config.rule).rules[0], CoordinateWise)
+        self._policy, self._combination = parse_policy(config.quarantine), Combination.of(config)
         self._clients: Sequence[str] = ()
         self._rows, self._squares = model.new_empty(0, len(model)), np.empty(0)
         self.faults: dict[str, machine.Fault] = {}
@@ -175,7 +173,10 @@ class _Table:
         if clients:
             rows, squares = self._of(clients)
             try:
-                result, spread = self._combine(number, clients, rows, squares)
+                local = LocalRows((Block(rows),))
+                result, spread = self._combination(
+                    number, clients, local, local.width, squares, lambda: local.sum(kernels.gram)
+                )
             except InputError as error:  # too few clients for the rule: the round's fault
                 reason = str(error)
         if result is not None and result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
@@ -193,21 +194,6 @@ class _Table:
         chosen = [place[client] for client in clients]
         return self._rows[chosen], self._squares[chosen]
 
-    def _combine(
-        self, number: int, clients: Sequence[str], updates: Tensor, squares: Vector
-    ) -> tuple[Aggregated, dict[str, float]]:
-        """The robust mean, and how far updates stand out where the schedule looks at that."""
-        rows = LocalRows((Block(updates),))
-        matrix = rows.sum(kernels.gram) if self._weighs else None
-        if matrix is not None:
-            squares = np.diag(matrix).copy()
-        gram = gram_of(rows, np.ones(len(clients)), squares, number, matrix=matrix)
-        gram = replace(gram, width=rows.width)
-        spread: dict[str, float] = {}
-        if self._schedule is not None and self._schedule.looks(number):
-            spread = dict(zip(clients, self._schedule.score(gram).tolist(), strict=True))
-        return combine(rows, self._config.rule, gram, self._config.eps), spread
-
     def _judge(
         self,
         number: int,
@@ -218,6 +204,7 @@ class _Table:
         weights = by_client(clients, result)[0] if result is not None else {}
         found = evidence(result.verdict if result else None, weights, self.faults)
         self.suspects, _ = quarantine.observe(self._policy, self.suspects, number, found)
-        if self._schedule is not None and spread:
-            for decided in self._schedule.decide(number, spread, self._config.eps):
+        schedule = self._combination.schedule
+        if schedule is not None and spread:
+            for decided in schedule.decide(number, spread, self._config.eps):
                 self.suspects, _ = quarantine.override(self._policy, self.suspects, number + 1, decided)

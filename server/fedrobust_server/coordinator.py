@@ -19,7 +19,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -40,12 +40,11 @@ from fedrobust_proto.v1.federation_pb2 import (
 from fedrobust_proto.v1.federation_pb2 import Manifest as ManifestMessage
 from ray.exceptions import RayError
 
-from fedrobust import Aggregated, InputError, Verdict, parse_rule
-from fedrobust.aggregate import combine, gram_of
-from fedrobust.rules import CoordinateWise
+from fedrobust import Aggregated, InputError, Verdict
 from fedrobust.training import Evaluation, Manifest
 from fedrobust_server import lifeline
 from fedrobust_server import round as machine
+from fedrobust_server.combination import Combination
 from fedrobust_server.config import RunConfig
 from fedrobust_server.folding import Folding
 from fedrobust_server.intake import TAKEN_OVER, unfit
@@ -64,7 +63,6 @@ from fedrobust_server.reception import (
 from fedrobust_server.record import by_client, columns
 from fedrobust_server.round import Fault, Phase
 from fedrobust_server.runs import RunFolder
-from fedrobust_server.schedule import parse_schedule
 from fedrobust_server.shards import Shards
 from fedrobust_server.spool import Floats, Spool
 
@@ -188,7 +186,6 @@ class Coordinator(Reception):
         task = config.task
         plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, task.seed)
         self._metrics, self._policy = metrics, parse_policy(config.quarantine)
-        self._schedule = parse_schedule(config.schedule)
         metrics.backlog.set_function(shards.backlog)
         self._suspects = ledger.suspects()
         self._state = machine.State(plan, excluded=self._suspects.excluded)
@@ -199,7 +196,7 @@ class Coordinator(Reception):
             self._held = list(actions)
         self._config, self._shards, self._ledger, self._folder = config, shards, ledger, folder
         self._evaluate, self._watch, self._names = evaluate, watch, manifest
-        self._weighs = not isinstance(parse_rule(config.rule).rules[0], CoordinateWise)
+        self._combination = Combination.of(config)
         self._encoding = vectors.encoding(config.wire, config.compression)
         self._manifest = ManifestMessage(
             tensors=[TensorSpec(name=name, shape=shape) for name, shape in manifest]
@@ -465,7 +462,7 @@ class Coordinator(Reception):
             self._round.malformed.add(client)
         if fault is None and place is not None and norm is not None:
             self._round.norms[client], self._round.digests[client] = norm, header.digest
-            if self._weighs:
+            if self._combination.weighs:
                 self._folding.whole(place.slot, place.ticket)
         else:
             self._round.refused += 1
@@ -475,7 +472,7 @@ class Coordinator(Reception):
     def _stored(self, slot: int, ticket: int, start: int, values: Floats) -> None:
         """Some of an update is in the spool."""
         self._shards.write(slot, start, values)
-        if self._weighs:
+        if self._combination.weighs:
             self._folding.stored(slot, ticket, start, values)
 
     def _happened(self, event: machine.Event) -> None:
@@ -577,17 +574,11 @@ class Coordinator(Reception):
     def _combine(self, number: int, clients: tuple[str, ...]) -> tuple[Aggregated, Floats | None]:
         """The robust mean of these clients' updates, and the state that it leads to, if it may."""
         slots = [self._round.slots[client] for client in clients]
-        rows, shares = self._shards.rows(slots), np.ones(len(clients))
         squares = np.array([self._round.norms[client] for client in clients]) ** 2
-        matrix = None
-        if self._weighs:
-            matrix = self._shards.gram(slots)
-            squares = np.diag(matrix).copy()
-        gram = gram_of(rows, shares, squares, number, matrix=matrix)
-        gram = replace(gram, width=self._shards.size)
-        if self._schedule is not None and self._schedule.looks(number):
-            self._round.spread = dict(zip(clients, self._schedule.score(gram), strict=True))
-        result = combine(rows, self._config.rule, gram, self._config.eps)
+        result, self._round.spread = self._combination(
+            *(number, clients, self._shards.rows(slots), self._shards.size, squares),
+            gram=lambda: self._shards.gram(slots),
+        )
         if result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
             return result, None
         state = self._folder.state(number, *self._learnt.shape)
@@ -666,8 +657,9 @@ class Coordinator(Reception):
     def _judge_clients(self, current: _Round, found: Mapping[str, float]) -> None:
         """Gather what a round says of its clients, and ask those no more that are shut out."""
         number, decided = current.number, list[Override]()
-        if self._schedule is not None and current.spread:
-            decided = self._schedule.decide(number, current.spread, self._config.eps)
+        schedule = self._combination.schedule
+        if schedule is not None and current.spread:
+            decided = schedule.decide(number, current.spread, self._config.eps)
         self._suspects, changes = self._ledger.judge_clients(
             self._policy, self._suspects, number, found, decided
         )

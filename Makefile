@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Tests of whole processes wait a lot: one more at a time than there are cores. Each keeps to one thread
-# of linear algebra, or they would wait for each other's. Files stay in their order: those of whole
-# processes, which take longest, come first.
+# of linear algebra, or they would wait for each other's.
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 5))')
 READY  := $(VENV)/.ready
 
@@ -22,8 +21,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile \
-	    --no-loadscope-reorder --max-worker-restart 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile --max-worker-restart 2
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow --timeout 3600

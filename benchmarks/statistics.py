@@ -53,7 +53,7 @@ def _mean_cases() -> list[Case]:
         "filter": (RobustMean(covariance="identity"), 0.1, 3.0),
         "entropy": (RobustMean(covariance="identity", method="entropy"), 0.1, 3.0),
         "bounded, sigma known": (RobustMean(sigma=1.1), 0.1, 10.0),
-        "bounded": (RobustMean(), 0.1, 20.0),
+        "bounded": (RobustMean(), 0.1, 10.0),
     }
     return [
         Case(

@@ -575,9 +575,9 @@ class Coordinator(Reception):
         """The robust mean of these clients' updates, and the state that it leads to, if it may."""
         slots = [self._round.slots[client] for client in clients]
         squares = np.array([self._round.norms[client] for client in clients]) ** 2
+        rows, width = self._shards.rows(slots), self._shards.size
         result, self._round.spread = self._combination(
-            *(number, clients, self._shards.rows(slots), self._shards.size, squares),
-            gram=lambda: self._shards.gram(slots),
+            number, clients, rows, width, squares, lambda: self._shards.gram(slots)
         )
         if result.verdict is Verdict.EXCEEDED and self._config.exceeded == "skip":
             return result, None

@@ -97,7 +97,8 @@ def test_all_that_can_be_asked_is_answered(
 ) -> None:
     found = {}
     for name, asked in {
-        "full": ["--noise", "rounded", "--precision", "bfloat16"],
+        "early": ["--radius", "0.25"],
+        "rounded": ["--noise", "rounded", "--precision", "bfloat16"],
         "attacked": ["--attack", "pgd(0.25, steps=5)", "--m", "4", "--naive"],
     }.items():
         log = tmp_path / f"{name}.tsv"
@@ -105,17 +106,21 @@ def test_all_that_can_be_asked_is_answered(
         assert main([*arguments, *asked, "--to", str(log)]) == 0
         found[name] = read_log(log)
         assert json.loads(capsys.readouterr().out)["images"] == 40
-    asked = Asked(Trained.find(trained), Plan(sigma=0.25, n=1000, every=9, radius=0.25), None)
-    early = asked.plan.ask(asked.classifier, asked.dataset, asked.numbers)
-    certain = (found["full"].correct & (found["full"].radius >= 0.25)).mean()
-    assert abs(np.mean([e.label == e.predict and e.radius == 0.25 for e in early]) - certain) < 0.1
-    assert certain <= found["attacked"].correct.mean() <= found["full"].correct.mean()
+    here = Asked(Trained.find(trained), Plan(sigma=0.25, n=1000, every=9), None)
+    full = here.plan.ask(here.classifier, here.dataset, here.numbers)
+    correct, radius = (
+        np.array(c) for c in zip(*((e.label == e.predict, e.radius) for e in full), strict=True)
+    )
+    certain = (correct & (radius >= 0.25)).mean()
+    assert abs((found["early"].correct & (found["early"].radius == 0.25)).mean() - certain) < 0.1
+    assert abs(found["rounded"].average_radius - (correct * radius).mean()) < 0.03
+    assert certain <= found["attacked"].correct.mean() <= correct.mean()
     assert set(found["attacked"].radius) == {0.25}
     picture = tmp_path / "radii.png"
-    logs = [str(tmp_path / f"{name}.tsv") for name in ("full", "attacked")]
+    logs = [str(tmp_path / f"{name}.tsv") for name in ("rounded", "attacked")]
     assert main(["certify", "--plot", logs[0], "--attacked", logs[1], "--to", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "| full |" in capsys.readouterr().out
+    assert "| rounded |" in capsys.readouterr().out
 
 
 def test_a_federation_starts_from_a_checkpoint(trained: Path) -> None:

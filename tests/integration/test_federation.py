@@ -105,11 +105,18 @@ def test_another_seed_ends_elsewhere_and_the_same_seed_at_the_same_model(
     assert not np.allclose(a, c)
 
 
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        "adam",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("sgd(momentum=0.9)", "adagrad", "yogi")),
+    ],
+)
 def test_the_number_of_shards_does_not_matter_to_the_optimiser(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path, optimiser: str
 ) -> None:
     one, three = (
-        in_process(tmp_path, f"of-{shards}", 0, shards=shards, optimiser="adam") for shards in (1, 3)
+        in_process(tmp_path, f"of-{shards}", 0, shards=shards, optimiser=optimiser) for shards in (1, 3)
     )
     for name, tensor in one.items():
         np.testing.assert_allclose(tensor, three[name], rtol=1e-4, atol=1e-5)

@@ -241,7 +241,14 @@ def test_a_full_disk_is_not_taken_for_a_lost_shard(shards: Filled) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "count"), [("sgd(lr=0.5, momentum=0.9)", 1), ("adagrad", 1), ("adam", 3), ("yogi", 1)]
+    ("optimiser", "count"),
+    [
+        *(("sgd(lr=0.5, momentum=0.9)", 1), ("adagrad", 1), ("yogi", 1), ("adam", 3)),
+        pytest.param("sgd(lr=0.5, momentum=0.9)", 3, marks=pytest.mark.slow),
+        pytest.param("adagrad", 3, marks=pytest.mark.slow),
+        pytest.param("yogi", 3, marks=pytest.mark.slow),
+        pytest.param("adam", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_shards_step_as_one_process_does_and_go_on_from_what_they_left(
     ray_cluster: None, tmp_path: Path, optimiser: str, count: int

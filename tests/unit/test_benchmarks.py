@@ -127,13 +127,18 @@ def test_simulated_rounds_are_told_as_multiples(monkeypatch: pytest.MonkeyPatch)
     assert "Flower is not installed; the peers come with" in simulations.report(setting, found)
 
 
-def test_simulated_rounds_are_run_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--quick", "--only", "many", "--contestants", "floor", "play", "--threads", "1"]
+@pytest.mark.parametrize(
+    ("setting", "watched"), [("many", True), pytest.param("dense", False, marks=pytest.mark.slow)]
+)
+def test_simulated_rounds_are_run_beside_each_other(
+    capsys: pytest.CaptureFixture[str], setting: str, watched: bool
+) -> None:
+    options = ["--quick", "--only", setting, "--contestants", "floor", "play", "--threads", "1"]
     simulations.main(options)
-    about, _, *many = capsys.readouterr().out.splitlines()
+    about, _, *lines = capsys.readouterr().out.splitlines()
     assert about.startswith("1 x 2 rounds, 1 threads")
-    assert [line.split()[0] for line in many] == ["floor", "play", "play"]
-    assert all("MB at the peak" in line for line in many[:2])
+    assert [line.split()[0] for line in lines if line[0] == " "] == ["floor", "play", "play"]
+    assert all(("MB at the peak" in line) == watched for line in lines[:2])
 
 
 def test_the_run_beside_byzfl_has_its_honest_clients() -> None:

@@ -697,3 +697,26 @@ def test_mda_behind_a_mixing_of_identical_rows(seed: int) -> None:
     X = np.full((9, 2), -2.32503077)
     value = aggregate(X, "bucketing | mda", shares, eps=0.0, seed=seed).value
     np.testing.assert_allclose(value, X[0])
+
+
+@pytest.mark.filterwarnings("ignore:Binning data failed")
+@pytest.mark.parametrize("seed", range(30))
+def test_signguard_keeps_the_largest_cluster_that_scikit_learn_finds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n, d = int(rng.integers(4, 80)), int(rng.choice([8, 50, 1000]))
+    X = rng.normal(size=(n, d)) + rng.choice([0, 0.3, 3]) * (np.arange(n) < n // 4)[:, None]
+    X *= rng.random(X.shape) < rng.choice([0.8, 1.0])
+    features = np.array([[np.mean(x > 0), np.mean(x == 0), np.mean(x < 0)] for x in X])
+    bandwidth = estimate_bandwidth(features, quantile=0.5)
+    labels = MeanShift(bandwidth=bandwidth, bin_seeding=True).fit(features).labels_
+    sizes = np.bincount(labels)
+    kept = aggregate(X, "signguard(low=0.0, high=1e9)").weights > 0
+    assert kept.sum() == sizes.max()
+    assert len(set(labels[kept])) == 1
+
+
+def test_signguard_of_rows_none_of_which_is_near_another() -> None:
+    """Each has a cell of its own, of which scikit-learn warns."""
+    X = np.array([[1, -1, -1, -1, -1, -1, -1, -1], [1] * 8, [-1] * 8, [1, 1, 1, 1, -1, -1, -1, -1]])
+    weights = aggregate(X * 1.0, "signguard", [0.96, 0.0, 0.04, 0.0], eps=0.0).weights
+    assert weights.sum() == pytest.approx(1.0)

@@ -115,7 +115,7 @@ def _certify(options: argparse.Namespace) -> int:
     with progress(len(asked.numbers)) as watch:
         watch("")  # counts what has ended, and not what begins
         certify(asked, log, options.ray_address, lambda number: watch(f"image {number}"))
-    _show({log.stem: read_log(log)}, log, as_json=options.json)
+    _show({log.name.removesuffix(".tsv"): read_log(log)}, log, as_json=options.json)
     return 0
 
 
@@ -140,7 +140,7 @@ def _plot(options: argparse.Namespace) -> int:
 def _named(paths: list[Path]) -> dict[str, Path]:
     """Logs by the shortest names that tell them apart."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
+        names = ["/".join(path.parts[-parts:]).removesuffix(".tsv") for path in paths]
         if len(set(names)) == len(paths):
             return dict(zip(names, paths, strict=True))
     raise InputError("the same log is given twice")

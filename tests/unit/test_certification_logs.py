@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedrobust.cli import main
 from fedrobust.data.files import ENVIRONMENT_VARIABLE
 from fedrobust.errors import InputError
 from fedrobust.smoothing import Entry, Log, certified_accuracy, envelope, read_log
@@ -111,3 +113,19 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
         read_log(path)
     with pytest.raises(InputError, match="cannot read"):
         read_log(tmp_path / "none.tsv")
+
+
+def test_logs_are_named_by_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A published log is no `.tsv`, and what follows the dot in its name is not one."""
+    names = ["noise_0.50", "noise_0.25.tsv", "other/noise_0.25"]
+    for name in names:
+        (path := tmp_path / name).parent.mkdir(exist_ok=True)
+        begun(path)
+        with path.open("a") as file:
+            file.writelines(f"{entry.line()}\n" for entry in ENTRIES)
+    logs = [str(tmp_path / name) for name in names]
+    for count, expected in ((2, ["noise_0.50", "noise_0.25"]), (3, [f"{tmp_path.name}/noise_0.50"])):
+        picture = str(tmp_path / "radii.png")
+        assert main(["certify", "--json", "--plot", *logs[:count], "--to", picture]) == 0
+        told = [json.loads(line)["log"] for line in capsys.readouterr().out.splitlines()]
+        assert told[: len(expected)] == expected

@@ -31,7 +31,7 @@ __all__ = ["GrpcConnection", "run"]
 _OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),  # a dead connection is found out
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),  # a server is joined soon after it has come
 ]
 
 

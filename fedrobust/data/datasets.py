@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fedrobust.data.cifar10 import Images, load_cifar10
@@ -65,6 +63,9 @@ def digits(_: Path | None = None) -> Dataset:
     `RandomState`, whose stream never changes: 1437 examples to train on and 360 to test on.
     Normalised by the mean 0.3053 and the standard deviation 0.3760 of all pixels divided by 16.
     """
+    from sklearn.datasets import load_digits  # noqa: PLC0415 (takes a second)
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+
     source, scale = load_digits(), Normalisation((0.3053,), (0.3760,), _UNIT)
     images = _images(source.images, 16, scale)
     labels = _labels(source.target)

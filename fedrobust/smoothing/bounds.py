@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincc, betaincinv, betaln, ndtr, ndtri
-from scipy.stats import binom
+from scipy.special import bdtrc, betaincc, betaincinv, betaln, ndtr, ndtri
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,7 +48,7 @@ def undecided(first: npt.ArrayLike, second: npt.ArrayLike, alpha: float) -> npt.
     above alpha. The first count is the larger one.
     """
     first, total = np.asarray(first), np.asarray(first) + np.asarray(second)
-    tail = binom.sf(first - 1, total, 0.5)  # of a count as large as the larger one
+    tail = bdtrc(first - 1, total, 0.5)  # of a count as large as the larger one
     return np.asarray(np.minimum(2 * tail, 1.0) > alpha)
 
 

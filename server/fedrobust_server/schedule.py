@@ -14,7 +14,6 @@ import numpy as np
 from fedrobust.gram import Gram
 from fedrobust.kernels import Vector
 from fedrobust.rules import EntropyFilter
-from fedrobust.statistics.severing import REMOVALS
 from fedrobust.text import Textual, choose, parse
 from fedrobust_server.quarantine import Ban, Override
 
@@ -79,6 +78,8 @@ class Sever(Textual):
             scores: of the clients that took part, by `score`.
             eps: the run's.
         """
+        from fedrobust.statistics.severing import REMOVALS  # noqa: PLC0415 (takes a second)
+
         names = sorted(scores)
         values = np.array([scores[name] for name in names])
         remove = REMOVALS[self.removal]

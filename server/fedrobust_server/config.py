@@ -51,7 +51,8 @@ class RunConfig(Textual):
             only watched.
         schedule: "sever(every=10)" leaves out, after every ten rounds, the clients whose updates stand
             out most.
-        shards: over how many processes the model's coordinates are spread.
+        shards: over how many processes the model's coordinates are spread. One uses all processors of
+            its machine; more spread a large model's updates over the nodes of a cluster.
         gateways: how many processes take updates in; 1 is the server's own alone.
         checkpoint_every: rounds between checkpoints; the last round always leaves one.
         malicious: in an experiment, how many clients (the first ones) are malicious.
@@ -78,7 +79,7 @@ class RunConfig(Textual):
     durability: str = "process"
     quarantine: str = WATCH
     schedule: str = NONE
-    shards: int = 2
+    shards: int = 1
     gateways: int = 1
     checkpoint_every: int = 10
     malicious: int = 0

@@ -99,12 +99,13 @@ def clients(address: str, ids: range, patience: float = 60.0) -> Iterator[Client
 
 
 def wait_for(condition: Callable[[], bool], server: subprocess.Popen[str]) -> None:
-    """Wait until something holds, or the server has ended.
+    """Wait until something holds.
 
     Raises:
-        AssertionError: neither comes within two minutes.
+        AssertionError: it does not come to that within two minutes, or the server has ended before.
     """
     deadline = time.monotonic() + 120
-    while server.poll() is None and not condition():
+    while not condition():
+        assert server.poll() is None, f"the server has ended with {server.returncode} before"
         assert time.monotonic() < deadline, "the server runs, and it does not come to that"
         time.sleep(0.005)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,13 @@ from fedrobust.cli import main
 from fedrobust.data import load
 from fedrobust.training import Task, manifest, split_vector
 
-from .processes import COMMAND, clients, process
+from .processes import clients, process
 
 CLIENTS, ROUNDS = 4, [1, 2, 3, 4]
 RUN = [
     *("--clients", str(CLIENTS), "--malicious", "1", "--attack", "ipm", "--rounds", str(len(ROUNDS))),
     *("--model", "softmax", "--momentum", "0.5", "--eps", "0.25", "--checkpoint-every", "2"),
 ]
-
-
-def simulated(folder: Path, *options: str) -> list[dict[str, Any]]:
-    command = [*COMMAND, "simulate", "--json", "--runs-dir", str(folder), *RUN, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def over_grpc(folder: Path, *options: str) -> list[dict[str, Any]]:
@@ -68,9 +61,13 @@ def model(folder: Path, run: str, number: int = 4) -> dict[str, Any]:
     return tensors
 
 
-def test_processes_and_simulation_end_at_the_same_model(tmp_path: Path) -> None:
+def test_processes_and_simulation_end_at_the_same_model(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ("--json", "--runs-dir", str(tmp_path), "--run", "simulated", *RUN)
+    assert main(["simulate", *here]) == 0
     lines = {
-        "simulated": simulated(tmp_path, "--run", "simulated"),
+        "simulated": [json.loads(line) for line in capsys.readouterr().out.splitlines()],
         "processes": over_grpc(tmp_path, "--run", "processes", "--shards", "3"),
     }
     for run, told in lines.items():
@@ -178,7 +175,10 @@ def test_a_rule_that_looks_at_more_than_the_model_has_is_refused_at_once(
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)],
+)
 def test_a_stopped_server_leaves_no_process_and_a_report(
     tmp_path: Path, kind: signal.Signals, code: int
 ) -> None:

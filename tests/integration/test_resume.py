@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +25,9 @@ from fedrobust_server.round import KEEPS_TURN
 from fedrobust_server.runs import RunFolder
 
 from fedrobust.cli import main
+from fedrobust.training import Task
 
-from .processes import COMMAND, Clients, clients, process, wait_for
+from .processes import Clients, clients, process, wait_for
 from .test_federation import model
 
 CLIENTS, ROUNDS = 4, 4
@@ -117,9 +117,10 @@ def acknowledged(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to; simulated, which leads to the same model."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    run_through(folder, ())
+    assert main(["simulate", "--json", "--runs-dir", str(folder), "--workers", "1", *RUN]) == 0
     acknowledged(folder)
     return folder
 
@@ -156,26 +157,36 @@ def test_servers_killed_at_random_moments(tmp_path: Path, uninterrupted: Path, s
     same_model(tmp_path, uninterrupted)
 
 
+SIZE = 650
+A, C = np.full((2, SIZE), [[1], [3]], np.float32)
+
+
+def cut_off(folder: Path) -> RunFolder:
+    """A run that ended in its first round, with the updates of two clients of three."""
+    run = RunFolder.create(folder, RunConfig(run="kept", task=Task(model="softmax"), gateways=2))
+    with contextlib.closing(run.ledger()) as ledger:
+        ledger.open_round(1, ["a", "b", "c"])
+        spool = run.spool(1, 3, SIZE)
+        for slot, name, row in ((0, "a", A), (2, "c", C)):
+            spool.write(slot, 0, row)
+            digest = vectors.digest(vectors.pack(row, pb.DTYPE_FLOAT32)).hex()
+            ledger.answer(Answer(1, name, "ACCEPTED", "", digest, 1.0))
+    return run
+
+
 def test_whoever_still_has_the_file_of_an_open_round_cannot_write_into_the_resumed_one(
     tmp_path: Path,
 ) -> None:
-    size = 1000
-    rows_of = {name: np.full(size, value, np.float32) for name, value in (("a", 1), ("c", 3))}
-    folder = RunFolder.create(tmp_path, RunConfig(run="kept", gateways=2))
+    folder = cut_off(tmp_path)
+    spool = folder.spool(1, 3, SIZE)
     with contextlib.closing(folder.ledger()) as ledger:
-        ledger.open_round(1, ["a", "b", "c"])
-        spool = folder.spool(1, 3, size)
-        for slot, name in ((0, "a"), (2, "c")):
-            spool.write(slot, 0, rows_of[name])
-            digest = vectors.digest(vectors.pack(rows_of[name], pb.DTYPE_FLOAT32)).hex()
-            ledger.answer(Answer(1, name, "ACCEPTED", "", digest, 1.0))
         standing = ledger.standing(KEEPS_TURN)
     assert standing is not None
-    folder.check_spool(standing, size, shared=True)
+    folder.check_spool(standing, SIZE, shared=True)
     for slot in range(3):  # the gateway that has outlived its server
-        spool.write(slot, 0, np.full(size, np.nan, np.float32))
-    found = folder.spool(1, 3, size)
-    np.testing.assert_array_equal(found.map(), [rows_of["a"], np.zeros(size), rows_of["c"]])
+        spool.write(slot, 0, np.full(SIZE, np.nan, np.float32))
+    found = folder.spool(1, 3, SIZE)
+    np.testing.assert_array_equal(found.map(), [A, np.zeros(SIZE), C])
     assert [path.name for path in (folder.path / "spool").iterdir()] == ["round-000001.rows"]
 
 
@@ -248,12 +259,7 @@ def test_what_cannot_be_gone_on_with_is_told_in_one_line_and_left_alone(
 
 
 def test_a_damaged_spool_is_told_in_one_line_and_left_alone(tmp_path: Path, one_line: Line) -> None:
-    port = free_port()
-    with attending(port), process(*serve(tmp_path, port)) as server:
-        wait_for(lambda: acknowledgements(tmp_path) >= 2, server)
-        server.kill()
-        server.wait()
-    run = tmp_path / "kept"
+    run = cut_off(tmp_path).path
     (spool,) = (run / "spool").glob("*.rows")
     good = spool.read_bytes()
     spool.write_bytes(bytes(len(good)))
@@ -264,11 +270,12 @@ def test_a_damaged_spool_is_told_in_one_line_and_left_alone(tmp_path: Path, one_
     assert "is not there" in one_line(*resume)
 
 
-def test_a_finished_run_is_not_begun_again(tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_finished_run_is_not_begun_again(
+    tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(uninterrupted / "kept", tmp_path / "kept")
     before = (tmp_path / "kept" / "ledger.sqlite").stat().st_size
-    done = subprocess.run(
-        [*COMMAND, *serve(tmp_path, free_port())], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert json.loads(done.stdout.splitlines()[-1])["rounds_aggregated"] == ROUNDS
+    assert main(serve(tmp_path, free_port())) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert json.loads(told[-1])["rounds_aggregated"] == ROUNDS
     assert (tmp_path / "kept" / "ledger.sqlite").stat().st_size == before

@@ -99,7 +99,7 @@ def test_simulated_clients_need_no_permission(ray_cluster: None, tmp_path: Path)
         ) as ready:
 
             async def go() -> Any:
-                clients = simulate(ready.coordinator, task, None, Threat(), workers=2)
+                clients = simulate(ready.coordinator, task, None, Threat(), workers=1)
                 return (await asyncio.gather(ready.coordinator.run(), clients))[0]
 
             return asyncio.run(go())

@@ -135,7 +135,8 @@ def same_model(folder: Path, uninterrupted: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
-        (signal.SIGKILL, [(2, 0.0), (CLIENTS + 1, 0.0)]),  # in the middle of a round
+        (signal.SIGKILL, [(CLIENTS + 1, 0.0)]),  # in the middle of a round
+        pytest.param(signal.SIGKILL, [(2, 0.0), (2 * CLIENTS + 1, 0.0)], marks=pytest.mark.slow),
         pytest.param(  # about when a round is being dealt with
             signal.SIGTERM, [(CLIENTS, 0.01)], marks=pytest.mark.slow
         ),

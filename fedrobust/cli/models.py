@@ -71,6 +71,9 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
         metavar="LOG",
         help="with --plot: logs of attacks, drawn too",
     )
+    certify.add_argument(
+        "--common", action="store_true", help="with --plot: of the images that all logs have only"
+    )
     certify.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
     certify.add_argument("--data-dir", type=Path, help="where datasets are [$FEDROBUST_DATA]")
 
@@ -106,6 +109,8 @@ def _certify(options: argparse.Namespace) -> int:
 
     if options.plot:
         return _plot(options)
+    if options.attacked or options.common:
+        raise InputError("--attacked and --common go with --plot LOG")
     if options.model is None:
         raise InputError("say whose model, by the folder of a run or of a training; or --plot LOG")
     plan = Plan(**given_fields(options, Plan))
@@ -123,9 +128,11 @@ def _plot(options: argparse.Namespace) -> int:
     from fedrobust_laboratory.radii import radii_figure
     from fedrobust_server import drawing
 
-    from fedrobust.smoothing import read_log
+    from fedrobust.smoothing import common, read_log
 
     logs = {name: read_log(path) for name, path in _named(options.plot).items()}
+    if options.common:
+        logs = dict(zip(logs, common(list(logs.values())), strict=True))
     attacked = [read_log(path) for path in options.attacked or ()]
     if attacked and len(logs) > 1:
         raise InputError("--attacked is drawn beside one log, give --plot just that of the same model")

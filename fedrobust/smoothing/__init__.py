@@ -2,7 +2,7 @@
 
 from fedrobust.smoothing.attacks import DDN, PGD, Adversary, parse_adversary, plain, smoothed
 from fedrobust.smoothing.classifier import ABSTAIN, Certified, SmoothedClassifier
-from fedrobust.smoothing.logs import Entry, Log, certified_accuracy, envelope, read_log
+from fedrobust.smoothing.logs import Entry, Log, certified_accuracy, common, envelope, read_log
 from fedrobust.smoothing.noise import Gaussian, RoundedGaussian
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "RoundedGaussian",
     "SmoothedClassifier",
     "certified_accuracy",
+    "common",
     "envelope",
     "parse_adversary",
     "plain",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import datetime as dt
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,22 @@ class Log:
     def abstained(self) -> float:
         """The fraction of images on which the classifier abstained."""
         return float((self.predict == -1).mean())
+
+
+def common(logs: Sequence[Log]) -> list[Log]:
+    """Of each log, the images that all of them have.
+
+    Raises:
+        InputError: there is none.
+    """
+    shared = set.intersection(*(set(log.idx.tolist()) for log in logs))
+    if not shared:
+        raise InputError("the logs have no image in common")
+    kept = [np.isin(log.idx, sorted(shared)) for log in logs]
+    return [
+        Log(*(getattr(log, column.name)[keep] for column in fields(Log)))
+        for log, keep in zip(logs, kept, strict=True)
+    ]
 
 
 def certified_accuracy(log: Log, radii: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -11,7 +11,7 @@ import pytest
 from fedrobust.cli import main
 from fedrobust.data.files import ENVIRONMENT_VARIABLE
 from fedrobust.errors import InputError
-from fedrobust.smoothing import Entry, Log, certified_accuracy, envelope, read_log
+from fedrobust.smoothing import Entry, Log, certified_accuracy, common, envelope, read_log
 from fedrobust.smoothing.logs import begun
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "certified_accuracy.csv"
@@ -115,6 +115,15 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
         read_log(tmp_path / "none.tsv")
 
 
+def test_logs_are_compared_on_the_images_that_all_have() -> None:
+    logs = [Log.of(ENTRIES), Log.of(ENTRIES[:0:-1]), Log.of([*ENTRIES[1:3], Entry(80, 1, 1, 9.0, 1.0)])]
+    found = common(logs)
+    assert [log.idx.tolist() for log in found] == [[20, 40], [40, 20], [20, 40]]
+    assert found[0].radius.tolist() == [0.9, 0.0]
+    with pytest.raises(InputError, match="no image in common"):
+        common([Log.of(ENTRIES[:2]), Log.of(ENTRIES[2:])])
+
+
 def test_logs_are_named_by_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A published log is no `.tsv`, and what follows the dot in its name is not one."""
     names = ["noise_0.50", "noise_0.25.tsv", "other/noise_0.25"]
@@ -129,3 +138,11 @@ def test_logs_are_named_by_their_files(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["certify", "--json", "--plot", *logs[:count], "--to", picture]) == 0
         told = [json.loads(line)["log"] for line in capsys.readouterr().out.splitlines()]
         assert told[: len(expected)] == expected
+    with Path(logs[0]).open("a") as file:
+        file.write(f"{Entry(80, 1, 1, 9.0, 1.0).line()}\n")
+    for options, images in ((), [5, 4]), (("--common",), [4, 4]):
+        assert main(["certify", "--json", "--plot", *logs[:2], "--to", picture, *options]) == 0
+        told = [json.loads(line)["images"] for line in capsys.readouterr().out.splitlines()]
+        assert told == images
+    assert main(["certify", str(tmp_path), "--common"]) == 2
+    assert "go with --plot" in capsys.readouterr().err

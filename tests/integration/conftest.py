@@ -13,6 +13,7 @@ from fedrobust_proto.v1.federation_pb2_grpc import FederationStub
 from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import RoundReport
 from fedrobust_server.gateway import listen
+from fedrobust_server.keys import Authority
 from fedrobust_server.launch import Federation, federation, start_ray
 from fedrobust_server.runs import RunFolder
 
@@ -44,3 +45,14 @@ def serve(ray_cluster: None, tmp_path: Path) -> Served:
             await door.stop(grace=0.5)
 
     return served
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """Certificates for alice and bob, a token for bob."""
+    authority = Authority.create(tmp_path / "keys")
+    authority.server(["localhost", "127.0.0.1"])
+    authority.client("alice")
+    authority.client("bob")
+    authority.token("bob", federation="first")
+    return authority

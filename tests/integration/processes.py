@@ -1,4 +1,4 @@
-"""What tests of whole processes share: servers and clients, none of which outlives its test."""
+"""What tests of whole federations share: servers and clients, none of which outlives its test."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedrobust_clients import remote
+from fedrobust_clients.malicious import Threat
 from fedrobust_clients.runtime import Honest, Runtime
+from fedrobust_clients.simulated import simulate
+from fedrobust_laboratory.play import play
 from fedrobust_proto.v1.federation_pb2 import STATUS_ACCEPTED, Receipt
+from fedrobust_server.config import RunConfig
+from fedrobust_server.launch import federation
+from fedrobust_server.runs import RunFolder
+from fedrobust_server.spool import Floats
+from torch import Tensor
 
 from fedrobust.data import load
 from fedrobust.training import Learner, Task, client_name
@@ -96,6 +105,24 @@ def clients(address: str, ids: range, patience: float = 60.0) -> Iterator[Client
     with loop_in_a_thread() as loop:
         attending = asyncio.run_coroutine_threadsafe(attend_all(), loop)
         yield Clients(told, lambda: attending.result(60))
+
+
+def in_process(folder: Path, config: RunConfig, workers: int = 1) -> Floats:
+    """The model at the end of a run whose server is in this process, and its clients are simulated."""
+    run = RunFolder.create(folder, config)
+    with federation(config, run, data_dir=None, ray_address=None, watch=lambda _report: None) as ready:
+
+        async def go() -> Floats:
+            attending = simulate(ready.coordinator, config.task, None, Threat(), workers=workers)
+            return (await asyncio.gather(ready.coordinator.run(), attending))[0]
+
+        return asyncio.run(go())
+
+
+def played(config: RunConfig) -> Tensor:
+    """The model at the end of the laboratory's form of a run, which is in one process."""
+    *_, last = play(config, load(config.task.dataset))
+    return last.model
 
 
 def wait_for(condition: Callable[[], bool], server: subprocess.Popen[str]) -> None:

@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from fedrobust_clients.malicious import Threat
-from fedrobust_clients.simulated import simulate
-from fedrobust_laboratory.play import play
 from fedrobust_server.config import RunConfig
 from fedrobust_server.gateway import listen
 from fedrobust_server.launch import federation
 from fedrobust_server.runs import RunFolder
 
-from fedrobust.data import load
 from fedrobust.training import Task
 
-from .processes import COMMAND
+from .processes import COMMAND, in_process, played
 
 WARD = """
 import os
@@ -92,16 +87,6 @@ def test_a_client_imports_only_what_it_is_allowed_to(
 
 def test_simulated_clients_need_no_permission(ray_cluster: None, tmp_path: Path) -> None:
     task = Task(model="fedrobust.training.published:bucketing_cnn", clients=3, outsiders=1, steps=2)
-    config = RunConfig(task=task, rounds=2, shards=1, rule="mean")
-    folder = RunFolder.create(tmp_path, config)
-    with federation(
-        config, folder, data_dir=None, ray_address=None, watch=lambda _report: None
-    ) as ready:
-
-        async def go() -> Any:
-            clients = simulate(ready.coordinator, task, None, Threat(), workers=2)
-            return (await asyncio.gather(ready.coordinator.run(), clients))[0]
-
-        found = asyncio.run(go())
-    *_, last = play(config, load(task.dataset))
-    np.testing.assert_allclose(found, last.model, rtol=1e-4, atol=1e-6)  # for all its dropout
+    config = RunConfig(task=task, rounds=2, rule="mean")
+    found = in_process(tmp_path, config, workers=2)
+    np.testing.assert_allclose(found, played(config), rtol=1e-4, atol=1e-6)  # for all its dropout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import signal
@@ -13,19 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedrobust_clients.malicious import Threat
-from fedrobust_clients.simulated import simulate
-from fedrobust_laboratory.play import play
 from fedrobust_server.config import RunConfig
-from fedrobust_server.launch import federation
-from fedrobust_server.runs import RunFolder
 from safetensors.numpy import load_file
 
 from fedrobust.cli import main
 from fedrobust.data import load
 from fedrobust.training import Task, evaluate, load_vector, manifest, split_vector
 
-from .processes import clients, process
+from .processes import clients, in_process, played, process
 
 CLIENTS, ROUNDS = 4, [1, 2, 3, 4]
 RUN = [
@@ -84,7 +78,9 @@ def test_processes_and_simulation_end_at_the_same_model(
         for name, tensor in one.items():
             np.testing.assert_allclose(tensor, other[name], rtol=1e-4, atol=1e-6)
     assert not np.allclose(model(tmp_path, "simulated", 2)["1.weight"], one["1.weight"])
-    alike = played(RunConfig.from_toml((tmp_path / "simulated" / "config.toml").read_text()))
+    config = RunConfig.from_toml((tmp_path / "simulated" / "config.toml").read_text())
+    names = manifest(config.task.build_model(load("digits")))
+    alike = split_vector(played(config), names)  # and so does the laboratory's, in one process
     assert alike.keys() == one.keys()
     for name, tensor in alike.items():
         np.testing.assert_allclose(tensor, one[name], rtol=1e-4, atol=1e-6)
@@ -103,31 +99,9 @@ def test_three_shards_end_where_one_process_does_and_another_seed_elsewhere(
     """With a sample of the clients and without malicious ones."""
     task = Task(model="softmax", clients=5)
     config = RunConfig(task=task, rounds=2, sample=0.6, optimiser=optimiser, shards=3)
-    folder = RunFolder.create(tmp_path, config)
-    with federation(
-        config, folder, data_dir=None, ray_address=None, watch=lambda _report: None
-    ) as ready:
-
-        async def go() -> None:
-            clients = simulate(ready.coordinator, task, None, Threat(), workers=1)
-            await asyncio.gather(ready.coordinator.run(), clients)
-
-        asyncio.run(go())
-    sharded, alike = model(tmp_path, config.run, 2), played(config)
-    for name, tensor in alike.items():
-        np.testing.assert_allclose(sharded[name], tensor, rtol=1e-4, atol=1e-5)
-    other = played(replace(config, task=replace(task, seed=1)))
-    assert not np.allclose(other["1.weight"], alike["1.weight"])
-
-
-def played(config: RunConfig) -> dict[str, Any]:
-    """The model at the end of the laboratory's federation, which is in one process."""
-    dataset = load(config.task.dataset)
-    *_, last = play(config, dataset)
-    return {
-        name: tensor.numpy()
-        for name, tensor in split_vector(last.model, manifest(config.task.build_model(dataset))).items()
-    }
+    alike, other = played(config), played(replace(config, task=replace(task, seed=1)))
+    np.testing.assert_allclose(in_process(tmp_path, config), alike, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(other, alike)
 
 
 def test_a_malformed_attack_costs_only_the_attackers(
@@ -153,9 +127,9 @@ def test_sever_leaves_the_attackers_out_and_the_others_learn(
     assert summary["accuracy"] > 0.8
     severed = tmp_path / "severed"
     config = RunConfig.from_toml((severed / "config.toml").read_text())
-    dataset, alone = load("digits"), replace(config, schedule="none")
-    *_, last = play(alone, dataset)
-    load_vector(module := config.task.build_model(dataset), last.model)
+    dataset = load("digits")
+    module = config.task.build_model(dataset)
+    load_vector(module, played(replace(config, schedule="none")))
     assert evaluate(module, dataset.test_x, dataset.test_y).accuracy < 0.2
     assert main(["ledger", "show", str(severed), "--client", "client-0000"]) == 0
     told = capsys.readouterr().out

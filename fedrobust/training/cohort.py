@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedrobust.kernels import workers
-from fedrobust.training.local import FREE, Learner, Leash, descend
+from fedrobust.training.local import FREE, Learner, Leash, pull
 from fedrobust.training.models import is_plain
 from fedrobust.training.objectives import CrossEntropy
+from fedrobust.training.task import Task
 from fedrobust.training.vectors import manifest, split_vector
 
 T = TypeVar("T")
@@ -61,9 +62,11 @@ def updates(
         each = len(model) + _largest_batch(learners) * learners[0].x[0].numel()
         count = max(1, min(_ELEMENTS // each, -(-len(learners) // threads)))
         parts = [slice(i, i + count) for i in range(0, len(learners), count)]
+        # Drawn before threads start, which would wait for each other's interpreter.
+        plans = [learner.batches(round) for learner in learners]
 
         def together(part: slice) -> None:
-            _train(learners[part], layers, round, model, rows[part])
+            _train(learners[part], plans[part], layers, model, rows[part])
 
         _spread([together] * min(threads, len(parts)), parts)
         return rows
@@ -118,29 +121,30 @@ def _largest_batch(learners: Sequence[Learner]) -> int:
 
 def _train(
     learners: Sequence[Learner],
+    plans: Sequence[Tensor],
     layers: Sequence[nn.Module],
-    round: int,  # noqa: A002
     model: Tensor,
     rows: Tensor,
 ) -> None:
     """Put into (k, d) rows what these learners of a dense network send."""
-    rows.copy_(model)
     shapes = [p.shape for layer in layers for p in layer.parameters()]
     sizes = [shape.numel() for shape in shapes]
-    stacked = [p.view(-1, *s) for p, s in zip(rows.split_with_sizes(sizes, dim=1), shapes, strict=True)]
-    origins = [p.view(s) for p, s in zip(model.split_with_sizes(sizes), shapes, strict=True)]
-    for images, labels, shares in _batches(learners, round):
-        gradients = _gradients(layers, stacked, images.flatten(2), labels, shares)
-        for parameter, gradient, origin in zip(stacked, gradients, origins, strict=True):
-            descend(learners[0].task, parameter, gradient, origin)
-    rows.sub_(model)
+    origins = [p.view(shape) for p, shape in zip(model.split_with_sizes(sizes), shapes, strict=True)]
+    # Each parameter's values side by side, as the library's batched products want them.
+    stacked = [origin.repeat(len(rows), *[1] * origin.ndim) for origin in origins]
+    left = iter(zip(stacked, origins, strict=True))
+    owned = [[next(left) for _ in layer.parameters()] for layer in layers]
+    for images, labels, shares in _batches(learners, plans):
+        _descend(learners[0].task, layers, owned, images.flatten(2).mT, labels, shares)
+    columns = rows.split_with_sizes(sizes, dim=1)
+    for part, parameter, origin in zip(columns, stacked, origins, strict=True):
+        torch.sub(parameter.flatten(1), origin.flatten(), out=part)
     for learner, row in zip(learners, rows, strict=True):
         learner.with_momentum(row)
 
 
 def _batches(
-    learners: Sequence[Learner],
-    round: int,  # noqa: A002
+    learners: Sequence[Learner], plans: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Each step's images, labels and examples' shares in the loss; all in the same memory.
 
@@ -149,14 +153,11 @@ def _batches(
     x, y, size = learners[0].x, learners[0].y, _largest_batch(learners)
     images = x.new_empty(len(learners), size, *x.shape[1:])
     labels = y.new_empty(len(learners), size)
-    shares = x.new_zeros(len(learners), size)
-    plans = list[Tensor]()
-    for learner, share in zip(learners, shares, strict=True):
-        plan = learner.batches(round)
-        share[: plan.shape[1]] = 1 / plan.shape[1]
-        plans.append(torch.cat([plan, plan[:, :1].expand(-1, size - plan.shape[1])], dim=1))
+    own_sizes = torch.tensor([plan.shape[1] for plan in plans]).unsqueeze(1)
+    shares = (torch.arange(size) < own_sizes) / own_sizes
+    full = [torch.cat([plan, plan[:, :1].expand(-1, size - plan.shape[1])], dim=1) for plan in plans]
     groups = [list(group) for _, group in groupby(range(len(learners)), lambda i: id(learners[i].x))]
-    for rows in torch.stack(plans, dim=1):
+    for rows in torch.stack(full, dim=1):
         for group in groups:  # whose images are in the same tensor
             own, span = learners[group[0]], slice(group[0], group[-1] + 1)
             torch.index_select(own.x, 0, rows[span].flatten(), out=images[span].flatten(0, 1))
@@ -164,47 +165,49 @@ def _batches(
         yield images, labels, shares
 
 
-def _gradients(
+def _descend(
+    task: Task,
     layers: Sequence[nn.Module],
-    stacked: Sequence[Tensor],
+    owned: Sequence[Sequence[tuple[Tensor, Tensor]]],
     x: Tensor,
     labels: Tensor,
     shares: Tensor,
-) -> list[Tensor]:
-    """Of each learner's cross-entropy, by each of its parameters.
+) -> None:
+    """One local step of each learner, in place, on its cross-entropy.
 
     Written out, since going through autograd and `vmap` takes half as long again (measured with small
-    networks, where it matters).
+    networks, where it matters). Examples are columns, as softmax over a last dimension of ten is ten
+    times as slow; a gradient of weights is never stored, but subtracted as it is multiplied out.
 
     Args:
+        task: what is trained.
         layers: a dense network's.
-        stacked: (k, *shape) each, the learners' parameters, layer by layer.
-        x: (k, n, pixels) float32.
+        owned: by layer, its parameters: (k, *shape) the learners', and (*shape) the broadcast ones.
+        x: (k, pixels, n) float32.
         labels: (k, n) int64.
         shares: (k, n) float32, the examples' weights in the loss.
-
-    Returns:
-        (k, *shape) float32 each, as the parameters are.
     """
-    left, inputs = iter(stacked), list[Tensor]()
-    owned = [[next(left) for _ in layer.parameters()] for layer in layers]
+    inputs = list[Tensor]()
     for layer, own in zip(layers, owned, strict=True):
         inputs.append(x)
         if type(layer) is nn.ReLU:
             x = x.relu()
         elif own:
-            weight, *bias = own
-            x = torch.baddbmm(bias[0].unsqueeze(1), x, weight.mT) if bias else x @ weight.mT
-    slope = x.softmax(dim=2)
-    slope.scatter_add_(2, labels.unsqueeze(2), slope.new_tensor(-1.0).expand(*labels.shape, 1))
-    slope.mul_(shares.unsqueeze(2))
-    found: list[Tensor] = []  # from the last to the first
-    for layer, own, x in zip(reversed(layers), reversed(owned), reversed(inputs), strict=True):
+            (weight, _), *bias = own
+            x = torch.baddbmm(bias[0][0].unsqueeze(2), weight, x) if bias else weight @ x
+    slope, place = x.softmax(dim=1), labels.unsqueeze(1)
+    slope.scatter_add_(1, place, slope.new_tensor(-1.0).expand(place.shape))
+    slope.mul_(shares.unsqueeze(1))
+    first = next(i for i, own in enumerate(owned) if own)
+    for i, (layer, own, x) in reversed(list(enumerate(zip(layers, owned, inputs, strict=True)))):
         if type(layer) is nn.ReLU:
-            slope = slope * (x > 0)
+            slope = slope * x.relu().sign()  # a comparison takes ten times as long
         elif own:
-            weight, *bias = own
-            found += [slope.sum(dim=1) for _ in bias] + [slope.mT @ x]
-            if len(found) < len(stacked):
-                slope = slope @ weight
-    return found[::-1]
+            (weight, origin), *bias = own
+            below = weight.mT @ slope if i > first else slope
+            pull(task, weight, origin)
+            weight.baddbmm_(slope, x.mT, alpha=-task.lr)
+            for parameter, origin in bias:
+                pull(task, parameter, origin)
+                parameter.sub_(slope.sum(dim=2), alpha=task.lr)
+            slope = below

@@ -190,7 +190,8 @@ class Learner:
                 gradients = torch.autograd.grad(loss, parameters)
                 with torch.no_grad():
                     for parameter, gradient, origin in zip(parameters, gradients, origins, strict=True):
-                        descend(self.task, parameter, gradient, origin)
+                        pull(self.task, parameter, origin)
+                        parameter.sub_(gradient, alpha=self.task.lr)
                 if leash.radius < math.inf:
                     _project(module, model, leash.radius)
         return self.with_momentum(to_vector(module).sub_(model))
@@ -215,7 +216,7 @@ class Learner:
         generator = torch.Generator().manual_seed(self._seed(BATCHES, round))
         passes = -(-steps * batch // self.examples)
         order = [torch.randperm(self.examples, generator=generator) for _ in range(passes)]
-        return self.mine[torch.cat(order)[: steps * batch]].view(steps, batch)
+        return self.mine.index_select(0, torch.cat(order)[: steps * batch]).view(steps, batch)
 
     def with_momentum(self, delta: Tensor) -> Tensor:
         """What is sent after this round's training, (d,), in the place of how far that got."""
@@ -236,13 +237,12 @@ def _project(module: nn.Module, model: Tensor, radius: float) -> None:
         load_vector(module, model + (radius / length) * delta)
 
 
-def descend(task: Task, parameter: Tensor, gradient: Tensor, origin: Tensor) -> None:
-    """One local step, in place: against the gradient of the loss, to zero, and back to the origin."""
-    if task.decay:
-        gradient = gradient.add(parameter, alpha=task.decay)
+def pull(task: Task, parameter: Tensor, origin: Tensor) -> None:
+    """What a local step does beside following the gradient, in place: to zero, and to the origin."""
+    if task.decay or task.proximal:
+        parameter.mul_(1 - task.lr * (task.decay + task.proximal))
     if task.proximal:
-        parameter.lerp_(origin, task.lr * task.proximal)
-    parameter.sub_(gradient, alpha=task.lr)
+        parameter.add_(origin, alpha=task.lr * task.proximal)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 5))')
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow bench docs lint format proto clean setup
+.PHONY: demo test tests test-slow bench docs lint style types format proto clean setup
 
 setup: $(READY)
 
@@ -20,7 +20,11 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: lint docs
+# Of these, only the tests keep more than one core busy.
+test: style
+	$(MAKE) --no-print-directory --jobs 3 types docs tests
+
+tests: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile --max-worker-restart 2
 
 test-slow: setup
@@ -32,9 +36,13 @@ bench: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build   # --quiet would let warnings pass
 
-lint: setup
+lint: style types
+
+style: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
+
+types: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

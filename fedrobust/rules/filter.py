@@ -64,7 +64,7 @@ class Filter(Weighting):
     if they were honest after all, the honest spread is far above any threshold found later, so the
     guarantee stands. Where there is no bulk (fewer than eps n + 2 coordinates) there is no threshold: it
     filters step by step to the budget and returns the best iterate, as `caf`.
-    Neither: `eps="auto"` estimates eps from the spectrum (`fedrobust.verdict.estimate_eps`).
+    Neither: `eps="auto"` estimates eps from the spectrum (`fedrobust.rules.fraction`).
 
     The threshold is for the first eps of the mass; from there on it is twice as high, because what is
     left should be honest, and honest clients differ.

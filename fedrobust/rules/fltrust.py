@@ -26,8 +26,9 @@ class FLTrust(Composite):
 
     Guarantee: the value is never longer than the root and within 90 degrees of it, whatever the clients
     send; so it is as good as the server's data. Breakdown point: none, all clients may be malicious.
-    Its certificate is empty: that bound is about the honest clients' mean, which the value has no need
-    to be near. Weighted by shares, where the paper has none; eps is not used. Scores: 1 - cosine.
+    Its certificate is loose, and often empty (infinite): that bound is about the honest clients' mean,
+    which the value has no need to be near. Weighted by shares, where the paper has none; eps is not
+    used. Scores: 1 - cosine.
     Deviation: rows shorter than 1e-12 of the root, and all rows where the root is zero, count as
     nothing. Cost: n after the Gram.
     Source: Cao, Fang, Liu, Gong 2021, "FLTrust: Byzantine-robust Federated Learning via Trust

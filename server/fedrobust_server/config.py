@@ -49,8 +49,8 @@ class RunConfig(Textual):
             "machine", at the price of waiting for the disk.
         quarantine: when a client that keeps losing its weight is asked no more; as it is, clients are
             only watched.
-        schedule: "sever(every=10)" leaves out, after every ten rounds, the clients whose updates stand
-            out most.
+        schedule: "sever(every=10)" leaves out, after 10, 20 and 30 rounds, the clients whose updates
+            stand out most.
         shards: over how many processes the model's coordinates are spread. One uses all processors of
             its machine; more spread a large model's updates over the nodes of a cluster.
         gateways: how many processes take updates in; 1 is the server's own alone.

@@ -58,7 +58,8 @@ def updates(
     split_vector(model, manifest(module))  # tells whether the length is right
     rows = model.new_empty(len(learners), len(model)) if out is None else out
     layers = _layers(module)
-    if leash == FREE and _is_dense(layers) and learners[0].objective == CrossEntropy():
+    plain = is_plain(module)
+    if leash == FREE and plain and _is_dense(layers) and learners[0].objective == CrossEntropy():
         each = len(model) + _largest_batch(learners) * learners[0].x[0].numel()
         count = max(1, min(_ELEMENTS // each, -(-len(learners) // threads)))
         parts = [slice(i, i + count) for i in range(0, len(learners), count)]
@@ -75,7 +76,7 @@ def updates(
         rows[place] = learners[place].update(round, model, leash, module=bench)
 
     # Others' layers may keep a state, which copies would not share.
-    copies = min(threads, len(learners)) - 1 if is_plain(module) else 0
+    copies = min(threads, len(learners)) - 1 if plain else 0
     benches = [module, *(copy.deepcopy(module) for _ in range(copies))]
     _spread([partial(alone, bench) for bench in benches], range(len(learners)))
     return rows
@@ -156,13 +157,18 @@ def _batches(
     own_sizes = torch.tensor([plan.shape[1] for plan in plans]).unsqueeze(1)
     shares = (torch.arange(size) < own_sizes) / own_sizes
     full = [torch.cat([plan, plan[:, :1].expand(-1, size - plan.shape[1])], dim=1) for plan in plans]
-    groups = [list(group) for _, group in groupby(range(len(learners)), lambda i: id(learners[i].x))]
+    groups = [list(g) for _, g in groupby(range(len(learners)), lambda i: _tensors(learners[i]))]
     for rows in torch.stack(full, dim=1):
-        for group in groups:  # whose images are in the same tensor
+        for group in groups:
             own, span = learners[group[0]], slice(group[0], group[-1] + 1)
             torch.index_select(own.x, 0, rows[span].flatten(), out=images[span].flatten(0, 1))
             torch.index_select(own.y, 0, rows[span].flatten(), out=labels[span].flatten())
         yield images, labels, shares
+
+
+def _tensors(learner: Learner) -> tuple[int, int]:
+    """Which its images and labels are in; many learners have theirs in the same."""
+    return id(learner.x), id(learner.y)
 
 
 def _descend(
@@ -198,13 +204,14 @@ def _descend(
     slope, place = x.softmax(dim=1), labels.unsqueeze(1)
     slope.scatter_add_(1, place, slope.new_tensor(-1.0).expand(place.shape))
     slope.mul_(shares.unsqueeze(1))
-    first = next(i for i, own in enumerate(owned) if own)
-    for i, (layer, own, x) in reversed(list(enumerate(zip(layers, owned, inputs, strict=True)))):
-        if type(layer) is nn.ReLU:
+    lowest = next(i for i, own in enumerate(owned) if own)
+    for i in range(len(layers) - 1, lowest - 1, -1):
+        x = inputs[i]
+        if type(layers[i]) is nn.ReLU:
             slope = slope * x.relu().sign()  # a comparison takes ten times as long
-        elif own:
-            (weight, origin), *bias = own
-            below = weight.mT @ slope if i > first else slope
+        elif owned[i]:
+            (weight, origin), *bias = owned[i]
+            below = weight.mT @ slope if i > lowest else slope
             pull(task, weight, origin)
             weight.baddbmm_(slope, x.mT, alpha=-task.lr)
             for parameter, origin in bias:

@@ -47,9 +47,13 @@ class Model(Textual, ABC):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether all layers are torch's or ours: they can be copied, and take every memory format."""
+    """Whether all layers are torch's or ours, without hooks: they can be copied, and do as they say."""
     known = "torch.nn.", "fedrobust."
-    return all(type(part).__module__.startswith(known) for part in module.modules())
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return all(
+        type(part).__module__.startswith(known) and not any(getattr(part, hook) for hook in hooks)
+        for part in module.modules()
+    )
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -282,6 +284,55 @@ def test_together_clients_come_to_the_same_updates(
     torch.testing.assert_close(
         updates(together, 5, model, Leash(radius=0.01)), held, rtol=1e-4, atol=1e-6
     )
+
+
+def normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old, and still met with
+        layer = nn.utils.weight_norm(nn.Conv2d(1, 2, 3))
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(72, 10))
+
+
+def tripled() -> nn.Module:
+    layer = nn.Linear(64, 10)
+    layer.register_forward_hook(lambda _layer, _inputs, output: 3 * output)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10)),
+        lambda: nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 10, bias=False), nn.ReLU())),
+        tripled,
+        normed,
+    ],
+    ids=["a rectifier first", "nested", "a hook", "a norm"],
+)
+def test_together_clients_of_any_network_come_to_the_same(
+    digits: Dataset, build: Callable[[], nn.Module]
+) -> None:
+    task = Task(model="softmax", clients=4, steps=3, batch=8, decay=0.1)
+    shared = replace(Shared.of(task, digits), module=build())
+    model = to_vector(shared.module)
+    learners = [Learner(task, digits, i, shared=shared) for i in range(4)]
+    expected = torch.stack([learner.update(0, model) for learner in learners])
+    torch.set_num_threads(2)
+    try:
+        found = updates(learners, 0, model)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_together_clients_that_share_images_have_labels_of_their_own(digits: Dataset) -> None:
+    task = Task(model="softmax", clients=2, steps=2, batch=8)
+    shared = Shared.of(task, digits)
+    wrong = replace(digits, train_y=9 - digits.train_y)
+    learners = [Learner(task, data, i, shared=shared) for i, data in enumerate((digits, wrong))]
+    model = to_vector(shared.module)
+    expected = torch.stack([learner.update(0, model) for learner in learners])
+    torch.testing.assert_close(updates(learners, 0, model), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["mlp(7)", "cnn(2)"])

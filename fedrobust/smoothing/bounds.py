@@ -33,7 +33,7 @@ def radius(p: npt.ArrayLike, sigma: float) -> Floats:
     sigma Phi^-1(p), in the l2 norm; 0 where p is 1/2 or less. Cohen et al. 2019, theorem 1 and section
     3.2.2, with 1 - p for the runner-up.
     """
-    return np.asarray(np.maximum(sigma * ndtri(np.asarray(p, float)), 0.0), np.float64)
+    return np.asarray(sigma * ndtri(np.maximum(np.asarray(p, float), 0.5)), np.float64)
 
 
 def needed(distance: float, sigma: float) -> float:

@@ -86,7 +86,9 @@ class SmoothedClassifier:
             raise InputError(f"classes must be at least 2, got {classes}")
         if batch is not None and batch < 1:
             raise InputError(f"batch must be at least 1, got {batch}")
-        self.noise: Noise = Gaussian(sigma) if isinstance(sigma, int | float) else sigma
+        self.noise: Noise = (
+            Gaussian(float(sigma)) if isinstance(sigma, int | float | np.floating) else sigma
+        )
         self.classes = classes
         self._model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False).to(dtype=dtype)
         self._dtype = dtype

@@ -10,6 +10,7 @@ import csv
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from decimal import ROUND_DOWN, Decimal
 from pathlib import Path
 
 import numpy as np
@@ -156,15 +157,18 @@ def read_log(path: Path) -> Log:
     if not rows:
         raise InputError(f"{path} holds no image yet")
     try:
-        return Log(
+        log = Log(
             idx=np.array([int(row["idx"]) for row in rows], np.int64),
             label=np.array([int(row["label"]) for row in rows], np.int64),
             predict=np.array([int(row["predict"]) for row in rows], np.int64),
             radius=np.array([float(row["radius"]) for row in rows], np.float64),
-            correct=np.array([bool(int(row["correct"])) for row in rows], np.bool_),
+            correct=np.array([("0", "1").index(row["correct"]) for row in rows], np.bool_),
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} has a line that is none of a certification log: {error}") from None
+    if not (wrong := log.radius[~(np.isfinite(log.radius) & (log.radius >= 0))]).size == 0:
+        raise InputError(f"{path} has the radius {wrong[0]}; radii are finite and at least 0")
+    return log
 
 
 def begun(path: Path) -> set[int]:
@@ -175,6 +179,8 @@ def begun(path: Path) -> set[int]:
     """
     header = "\t".join(COLUMNS) + "\n"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not (text.startswith(header) or header.startswith(text)):
+        raise InputError(f"{path} is no log of ours to go on with")
     whole = text[: text.rfind("\n") + 1]
     if not whole:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,5 +195,5 @@ def _down(radius: float) -> str:
     """To 3 significant digits, towards 0."""
     if radius <= 0:
         return "0.0"
-    digits = 2 - int(np.floor(np.log10(radius)))
-    return f"{np.floor(radius * 10.0**digits) / 10.0**digits:.3g}"
+    exact = Decimal(repr(float(radius)))  # in binary 2.01 is a little less
+    return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), ROUND_DOWN):.3g}"

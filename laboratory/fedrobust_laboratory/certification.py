@@ -74,6 +74,9 @@ class Plan(Textual):
         for name in ("n0", "n", "every", "m"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1")
         self.require(0 < self.alpha < 1, f"alpha must be in (0, 1), got {self.alpha}")
+        asked = self.radius >= 0 and float(f"{self.radius:.3g}") == self.radius
+        said = f"radius must be at least 0, of 3 digits as in a log, or -1, got {self.radius}"
+        self.require(asked or self.radius == -1, said)
         self.require(self.seed >= 0, "seed must be at least 0")
         choose(self.noise, ("gaussian", "rounded"), "noise")
         choose(self.precision, ("float32", "bfloat16"), "precision")
@@ -118,11 +121,14 @@ class Plan(Textual):
         self, classifier: SmoothedClassifier, dataset: Dataset, x: Tensor, y: Tensor, which: list[int]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         adversary, limits = parse_adversary(self.attack), dataset.normalisation.limits
-        x = classifier.attacked(
-            x, y, adversary, self.m, naive=self.naive, limits=limits, seed=self.seed, ids=which
+        clean, x = (
+            x,
+            classifier.attacked(
+                x, y, adversary, self.m, naive=self.naive, limits=limits, seed=self.seed, ids=which
+            ),
         )
-        if self.noise == "rounded":
-            x = (x * 255).round() / 255
+        if self.noise == "rounded":  # towards the image, so that none goes further than eps
+            x = clean + ((x - clean) * 255).trunc() / 255
         label = classifier.predict(x, self.n, self.alpha, seed=self.seed, ids=which)
         return label, np.full(len(label), adversary.eps)
 

@@ -122,6 +122,18 @@ def test_all_that_can_be_asked_is_answered(
     assert "| rounded |" in capsys.readouterr().out
 
 
+def test_images_that_are_rounded_after_an_attack_stay_in_its_ball(trained: Path) -> None:
+    asked = Asked(
+        Trained.find(trained), Plan(noise="rounded", attack="pgd(0.02, steps=3)", m=2, n=50), None
+    )
+    tried: list[torch.Tensor] = []
+    asked.classifier.predict = lambda x, *_, **__: (tried.append(x), np.zeros(len(x), int))[1]  # type: ignore[method-assign]
+    asked.plan.ask(asked.classifier, asked.dataset, range(8))
+    clean = asked.dataset.normalisation.pixels(asked.dataset.test_x[:8])
+    clean = (clean * 255).round() / 255
+    assert 0 < (tried[0] - clean).flatten(1).norm(dim=1).max() < 0.02 + 1e-6
+
+
 def answers(asked: Asked) -> tuple[Any, Any]:
     """Who is right, and the radii, found in this process."""
     entries = asked.plan.ask(asked.classifier, asked.dataset, asked.numbers)

@@ -69,6 +69,20 @@ def test_radii_are_rounded_down() -> None:
         assert shown <= radius < shown * 1.011
 
 
+@pytest.mark.parametrize("radius", [2.01, 1.13, 4.35, 0.25, 1e-5, 0.000123, 12.3, 3.81])
+def test_a_radius_of_three_digits_stays_as_it_is(radius: float) -> None:
+    assert float(Entry(0, 0, 0, radius, 0.0).line().split("\t")[3]) == radius
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    for text in ("a note", "a note\nof two lines, the last one open"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="is no log of ours"):
+            begun(path)
+        assert path.read_text() == text
+
+
 def test_a_line_that_a_crash_cut_off_is_written_anew(tmp_path: Path) -> None:
     path = tmp_path / "log.tsv"
     begun(path)
@@ -104,6 +118,9 @@ def test_what_a_log_shows() -> None:
         ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n", "holds no image yet"),
         ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\tx\t0\t0\t0\n", "a line that is none"),
         ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\n", "a line that is none"),
+        ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\t2\t0.5\t7\t0\n", "a line that is none"),
+        ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\t2\tnan\t1\t0\n", "has the radius nan"),
+        ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\t2\t-3\t1\t0\n", "has the radius -3"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -240,6 +240,18 @@ def test_rounded_noise_wants_whole_levels() -> None:
         SmoothedClassifier(conv(), RoundedGaussian(10.0), 3).certify(images(1), n=100)
 
 
+def test_few_copies_under_rounded_noise_have_no_radius_that_is_no_number() -> None:
+    """A bound that is below what the rounding takes off it."""
+    found = SmoothedClassifier(conv(), RoundedGaussian(2.0), 3).certify(images(40), n0=2, n=2, seed=0)
+    assert (found.label == ABSTAIN).all()
+    assert (found.radius == 0).all()
+    assert (bounds.radius(np.array([-1e-6, 0.0, 0.2, 0.5]), 1.0) == 0).all()
+
+
+def test_sigma_may_be_a_number_of_numpys() -> None:
+    assert SmoothedClassifier(conv(), np.float32(0.5), 3).noise == Gaussian(0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

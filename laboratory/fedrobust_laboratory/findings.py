@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from fedrobust_server.drawing import Vector
 from fedrobust_server.schedule import NONE
 
 from fedrobust.trials import Summary, Trial, summary
-from fedrobust_laboratory.grid import AXES
+from fedrobust_laboratory.grid import AXES, NO_ATTACK
 
 Cells = Mapping[str, Mapping[str, Summary]]
 """By rule, then by attack."""
@@ -93,7 +93,10 @@ class Certified:
 
 
 def arenas(trials: Sequence[Trial]) -> list[Arena]:
-    """Sort runs into arenas, in the order in which they first come."""
+    """Sort runs into arenas, in the order in which they first come.
+
+    Where the number of attackers varies by itself, runs without any count for every number.
+    """
     varied = [key for key in _keys(trials) if len({t.setting.get(key) for t in trials}) > 1]
     telling = [key for key in varied if key not in ("rule", "attack", "seed", "malicious", "outsiders")]
     found: dict[tuple[Hashable, ...], list[Trial]] = {}
@@ -101,13 +104,25 @@ def arenas(trials: Sequence[Trial]) -> list[Arena]:
         found.setdefault(tuple(trial.setting.get(key) for key in telling), []).append(trial)
     return [
         Arena(
-            ", ".join(_named(key, value) for key, value in zip(telling, values, strict=True)),
+            ", ".join([*map(_named, telling, values), *more]),
             members,
             _distinct(members, "rule"),
             _distinct(members, "attack"),
         )
-        for values, members in found.items()
+        for values, alike in found.items()
+        for more, members in _by_attackers(alike)
     ]
+
+
+def _by_attackers(trials: list[Trial]) -> Iterator[tuple[list[str], list[Trial]]]:
+    """What is to be said of the number of attackers, and the runs with it and those without any."""
+    numbers = dict.fromkeys(t.setting["malicious"] for t in trials if t.setting["attack"] != NO_ATTACK)
+    if len(numbers) < 2:
+        yield [], trials
+        return
+    for number in numbers:
+        of = [t for t in trials if t.setting["attack"] == NO_ATTACK or t.setting["malicious"] == number]
+        yield [_named("malicious", number)], of
 
 
 def ranked(arenas: Sequence[Arena]) -> list[str]:

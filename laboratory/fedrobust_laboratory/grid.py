@@ -28,11 +28,14 @@ AXES = ("dataset", "split", "model", "clients", "eps", "momentum", "attack", "ru
 _TASK = [key.name for key in fields(Task)]
 _ELSEWHERE = {
     *("run", "task", "limits", "start", "deadline", "wire", "compression", "durability"),
-    *("shards", "gateways", "checkpoint_every"),
+    *("shards", "gateways", "checkpoint_every", "outsiders"),
 }
-"""What makes no difference to a federation that is played."""
+"""What makes no difference to a federation that is played, or, outsiders, follows from `insiders`."""
 _RUN = [key.name for key in fields(RunConfig) if key.name not in _ELSEWHERE]
-KEYS: Mapping[str, type] = {**dict.fromkeys(_TASK, Task), **dict.fromkeys(_RUN, RunConfig)}
+KEYS: Mapping[str, type] = {
+    **{key: Task for key in _TASK if key not in _ELSEWHERE},
+    **dict.fromkeys(_RUN, RunConfig),
+}
 """What may be varied, and whose field it is."""
 
 
@@ -107,9 +110,19 @@ def _check(values: Mapping[str, Any]) -> None:
     for key, kind in kinds.items():
         if not isinstance(values.get(key, kind()), kind):
             raise InputError(f"{key} of a grid must be {kind.__name__}, got {values[key]!r}")
+    if parse_plan(values.get("certify") or "plan").attack:
+        raise InputError("certify of a grid certifies; an attack on images is for `fedrobust certify`")
     for entry in values.get("published", ()):
-        if not isinstance(entry, dict) or not isinstance(entry.get("accuracy"), int | float):
-            raise InputError(f"published must hold tables with an accuracy in percent, got {entry!r}")
+        if not isinstance(entry, dict) or not all(
+            isinstance(figure, int | float)
+            for figure in (entry.get("accuracy"), entry.get("spread", 0.0))
+        ):
+            raise InputError(
+                "published must hold tables with an accuracy, and perhaps a spread, in percent, "
+                f"got {entry!r}"
+            )
+        for key in entry.keys() - {"accuracy", "spread"}:
+            choose(key, KEYS, "key of a published run")
 
 
 def _lists(table: Any) -> dict[str, Sequence[Any]]:  # noqa: ANN401 (whatever the file has)

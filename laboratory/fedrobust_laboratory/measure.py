@@ -123,6 +123,9 @@ class _Tally:
         malicious = np.array([client in rogues for client in played.clients])
         if result.weights is not None:
             found["malicious_weight"] = float(result.weights[malicious].sum())
+        if malicious.all():
+            return
+        if result.weights is not None:
             lost = result.weights[~malicious] < 0.5 / len(malicious)
             found["honest_lost"] = float(lost.mean())
         rows = played.rows if not malicious.any() else played.rows[torch.from_numpy(~malicious)]

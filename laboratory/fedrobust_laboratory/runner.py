@@ -54,7 +54,7 @@ def compare(
     Raises:
         InputError: a value is wrong, the data is not there, or `trials.jsonl` holds something else.
     """
-    plan = [_trial(setting) for setting in grid.settings()]
+    plan = list({trial.key: trial for trial in map(_trial, grid.settings())}.values())
     for name in {planned.setting["dataset"] for planned in plan}:
         load(name, data_dir)  # what every run would fail on, told at once
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fedrobust_laboratory import page
+from fedrobust_laboratory import page, runner
 from fedrobust_laboratory.findings import arenas, ranked
 from fedrobust_laboratory.grid import Grid, configuration, presets, read_grid
 from fedrobust_laboratory.measure import measure
@@ -71,6 +75,10 @@ def test_outsiders_are_the_malicious_ones() -> None:
         ({"run": 3}, "run of a grid must be a table, or several, got 3"),
         ({"evaluations": "5"}, "evaluations of a grid must be int, got '5'"),
         ({"published": [{"rule": "mean"}]}, "must hold tables with an accuracy"),
+        ({"published": [{"accuracy": 1, "spread": "0.4"}]}, "must hold tables with an accuracy"),
+        ({"published": [{"accuracy": 1, "ruel": "mean"}]}, "unknown key of a published run 'ruel'"),
+        ({"run": {"outsiders": 3}}, "unknown key of a run 'outsiders'"),
+        ({"certify": "plan(attack='pgd(0.5)')"}, "certify of a grid certifies"),
     ],
 )
 def test_a_grid_that_cannot_be_is_told(values: dict[str, Any], said: str) -> None:
@@ -212,6 +220,26 @@ def test_the_success_of_a_backdoor_is_measured() -> None:
 # ---- what is shown ----------------------------------------------------------------------------------
 
 
+def test_a_run_is_measured_though_in_some_rounds_all_who_are_asked_are_malicious() -> None:
+    config = RunConfig(
+        task=Task(clients=6, model="softmax"), rounds=12, rule="mean", sample=0.3, malicious=3
+    )
+    asked = [set(played.clients) for played in play(config, load("digits"))]
+    assert any(names <= {client_name(i) for i in range(3)} for names in asked)
+    figures = measure(config, load("digits"), 1)
+    assert all(math.isfinite(figures[name]) for name in ("honest_lost", "displacement"))
+
+
+def test_the_same_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_once(planned: Sequence[Trial], *_: object) -> Iterator[Trial]:
+        return (replace(trial, figures={"accuracy_last": 0.5}) for trial in planned)
+
+    monkeypatch.setattr(runner, "_in_parallel", at_once)
+    monkeypatch.setattr(runner, "start_ray", lambda _: contextlib.nullcontext())
+    done = runner.compare(grid(attack="none", malicious=[1, 2, 3]), tmp_path)
+    assert len(done) == len((tmp_path / runner.TRIALS).read_text().splitlines()) == 1
+
+
 def trial(rule: str, attack: str, seed: int = 0, **figures: Any) -> Trial:
     (setting,) = grid(rule=rule, attack=attack, seed=seed, **figures.pop("run", {})).settings()
     del setting["seed"]
@@ -247,6 +275,16 @@ def test_runs_that_differ_in_more_are_kept_apart() -> None:
         "dirichlet(0.1), eps 0.1",
         "dirichlet(0.1), eps 0.2",
     ]
+
+
+def test_runs_with_other_numbers_of_attackers_are_kept_apart() -> None:
+    trials = [trial("mean", "none", accuracy_last=0.9)]
+    for malicious, accuracy in ((1, 0.8), (2, 0.1)):
+        trials.append(trial("mean", "ipm", accuracy_last=accuracy, run={"malicious": malicious}))
+    found = arenas(trials)
+    assert [arena.label for arena in found] == ["malicious 1", "malicious 2"]
+    assert [str(arena.percent()["mean"]["ipm"]) for arena in found] == ["80", "10"]
+    assert all(str(arena.percent()["mean"]["none"]) == "90" for arena in found)
 
 
 def test_a_report_shows_what_was_published(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ class SignGuard(Composite):
     mixing the mixed rows' signs are counted. Where no row passes both, those by length are taken.
 
     Guarantee: none on the distance; the value is no longer than the median row. Breakdown point 1/2 for
-    its length. Weighted by shares (the paper has none): the median length is by mass, and so is the
-    mean; a cluster is as large as the number of its rows. Scores: distance from the largest cluster's
-    centre, in fractions.
+    its length. Of two or three rows one decides: half of them is the row itself. Weighted by shares (the
+    paper has none): the median length is by mass, and so is the mean; a cluster is as large as the
+    number of its rows. Scores: distance from the largest cluster's centre, in fractions.
     Deviations: signs of all coordinates instead of a random tenth; no similarity to the previous
     aggregate (the plain variant); a bandwidth from all pairs of rows; the lower median of an even
     number of lengths, and both ends belong to the band; of two largest clusters, the one nearer to the

@@ -24,8 +24,9 @@ demo: setup
 test: style
 	$(MAKE) --no-print-directory --jobs 3 types docs tests
 
+# Files in the order of their names, so that those of whole processes come early and wait beside others.
 tests: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile --max-worker-restart 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -77,8 +77,10 @@ async def door(
 ) -> AsyncIterator[tuple[Recorder, Listening]]:
     recorder = Recorder()
     listening = await listen(recorder, "127.0.0.1:0", security, limits)
-    yield recorder, listening
-    await listening.stop(grace=0)
+    try:
+        yield recorder, listening
+    finally:
+        await listening.stop(grace=0)
 
 
 @contextlib.asynccontextmanager

@@ -138,7 +138,8 @@ def test_who_does_not_take_the_model_does_not_keep_it_in_memory() -> None:
             await until(lambda: recorder.listening == 2)
             await until(lambda: recorder.listening == 0)
             # The calls end only when their caller hears of it; until then they count.
-            assert (await refused(submit(stub, session, CHUNK)))[0] == StatusCode.RESOURCE_EXHAUSTED
+            code, said = await refused(submit(stub, session, CHUNK))
+            assert code == StatusCode.RESOURCE_EXHAUSTED, said
             assert (await refused(drained(streams[0])))[0] == StatusCode.DEADLINE_EXCEEDED
             streams[1].cancel()
             await accepted(stub, session)

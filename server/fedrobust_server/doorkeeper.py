@@ -22,6 +22,8 @@ LOG = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_GONE = "a caller was gone before it was answered"
+"""It has hung up: nobody is there to be told anything."""
 
 
 class Doorkeeper(grpc.aio.ServerInterceptor):
@@ -117,18 +119,25 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
                 arriving.callback(self._arriving.take(_address(context.peer())))
                 yield arriving.close
         except RefusedError as error:
-            await context.abort(error.code, str(error))
+            await _abort(context, error.code, str(error))
         except DeniedError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except LeavingError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        except grpc.aio.BaseError:  # aborted, or the caller has hung up while it was answered
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        except grpc.aio.InternalError:
+            LOG.debug(_GONE)
+        except grpc.aio.BaseError:  # aborted
             raise
-        except grpc.aio.InternalError:  # the caller has hung up: nobody is there to be told anything
-            LOG.debug("a caller was gone before it was answered")
         except Exception:
             LOG.exception("a call broke the server's code")
-            await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says how")
+            await _abort(context, grpc.StatusCode.INTERNAL, "the server failed; its log says how")
+
+
+async def _abort(context: Context, code: grpc.StatusCode, why: str) -> None:
+    try:
+        await context.abort(code, why)
+    except grpc.aio.InternalError:
+        LOG.debug(_GONE)
 
 
 def take(slots: Slots, holder: str, context: Context) -> None:

@@ -102,6 +102,25 @@ def test_callers_who_hang_up_do_not_fill_the_log(caplog: pytest.LogCaptureFixtur
     assert caplog.text == ""
 
 
+def test_callers_who_hang_up_while_they_are_refused_do_not_fill_it_either(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        async with door(limits=Limits(calls_per_client=1)) as (_, listening), client(listening) as stub:
+            session = (await enrol(stub, "rude")).session
+            held = stub.Model(pb.ModelRequest(session=session, round=64))
+            await held.read()
+            for pause in range(200):
+                call = stub.Model(pb.ModelRequest(session=session, round=3))
+                await asyncio.sleep(pause / 100000)
+                call.cancel()
+                await asyncio.sleep(0.002)
+            held.cancel()
+
+    asyncio.run(scenario())
+    assert caplog.text == ""
+
+
 def test_a_fault_of_the_servers_keeps_its_secrets(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with door() as (_, listening), client(listening) as stub:

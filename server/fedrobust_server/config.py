@@ -37,7 +37,8 @@ class RunConfig(Textual):
         rounds: how many rounds.
         start: how many clients must be present before the first round; 0 waits for all of the task.
         sample: the fraction of the present clients asked in a round, in (0, 1].
-        quorum: the fraction of those asked whose updates a round needs, in (0, 1].
+        quorum: the fraction of those asked whose updates a round needs, in (0, 1]. It, or half if that
+            is less, of the clients that the first round waits for must be there for any other to begin.
         deadline: seconds after which a round closes with whoever has answered.
         exceeded: what the verdict "bound exceeded" does: "warn", or "skip" the round (fail closed).
         optimiser: how the aggregate moves the model, as text: "sgd(lr=1.0, momentum=0.9)", "adagrad",

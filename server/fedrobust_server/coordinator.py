@@ -189,11 +189,12 @@ class Coordinator(Reception):
         metrics.backlog.set_function(shards.backlog)
         self._suspects = ledger.suspects()
         self._state = machine.State(plan, excluded=self._suspects.excluded)
-        self._standing, self._round, self._held = standing, _Round(), list[machine.Action]()
+        self._standing, self._round = standing, _Round()
+        self._held: list[machine.Action] | None = []  # until the shards are as they were; then None
         if standing is not None:  # before any client can join
             self._round = _Round.of(standing)
             self._state, actions = machine.step(self._state, _resumed(standing))
-            self._held = list(actions)
+            self._held += actions
         self._config, self._shards, self._ledger, self._folder = config, shards, ledger, folder
         self._evaluate, self._watch, self._names = evaluate, watch, manifest
         self._combination = Combination.of(config)
@@ -208,6 +209,7 @@ class Coordinator(Reception):
         self._tasks: set[asyncio.Task[None]] = set()
         self._recorded: asyncio.Task[None] | None = None
         self._judged: asyncio.Task[None] | None = None
+        self._judged_before: asyncio.Task[None] | None = None
         self._finished: asyncio.Future[None] | None = None
 
     @property
@@ -226,6 +228,8 @@ class Coordinator(Reception):
         self._spawn(lifeline.watch())
         if self._standing is not None:
             await self._resume(self._standing)
+        held, self._held = self._held or [], None
+        self._perform(held)
         if self._state.phase is Phase.DONE:
             self._finish()
         try:
@@ -392,6 +396,8 @@ class Coordinator(Reception):
             self._metrics.uploads.set(len(current.places))
         else:  # whoever was admitted since may be writing over it
             fault = fault or TAKEN_OVER
+        if fault is None and not late and self._state.draining and self._state.phase is Phase.DONE:
+            raise LeavingError(_LEAVING)  # the round is still open; it may send the update again
         return self._answered(client, place.header, fault, place, outcome.norm)
 
     def sent(self, count: int) -> None:
@@ -409,7 +415,10 @@ class Coordinator(Reception):
     def note(self, what: str) -> None:
         """Something happened that an operator should know of."""
         log.warning(what, extra={"round": self._round.number})
-        self._ledger.event(self._round.number, what)
+        try:
+            self._ledger.event(self._round.number, what)
+        except sqlite3.OperationalError as error:  # the disk is full: it stands in the log alone
+            log.error("an event cannot be recorded: %s", error)  # noqa: TRY400
 
     # ---- events and actions -----------------------------------------------------------------------
 
@@ -481,24 +490,34 @@ class Coordinator(Reception):
         self._perform(actions)
 
     def _perform(self, actions: Sequence[machine.Action]) -> None:
-        for action in actions:
-            match action:
-                case machine.Open(number, clients):
-                    self._round = _Round(number, {client: i for i, client in enumerate(clients)})
-                    self._round.opened = asyncio.get_running_loop().time()
-                    self._metrics.opened(number, len(clients))
-                    log.info("a round begins", extra={"round": number, "asked": len(clients)})
-                    self._spawn(self._begin(self._round))
-                    for client in clients:
-                        self._offer(number, client)
-                case machine.Offer(number, client):
+        if self._held is not None:
+            self._held += actions
+            return
+        try:
+            for action in actions:
+                self._act(action)
+        except Exception as error:
+            self._broken(error)
+            raise
+
+    def _act(self, action: machine.Action) -> None:
+        match action:
+            case machine.Open(number, clients):
+                self._round = _Round(number, {client: i for i, client in enumerate(clients)})
+                self._round.opened = asyncio.get_running_loop().time()
+                self._metrics.opened(number, len(clients))
+                log.info("a round begins", extra={"round": number, "asked": len(clients)})
+                self._spawn(self._begin(self._round))
+                for client in clients:
                     self._offer(number, client)
-                case machine.Aggregate(number, clients):
-                    self._spawn(self._aggregate(number, clients))
-                case machine.Skip(_, reason):
-                    self._settle("skipped", reason)
-                case machine.Finish():
-                    self._finish()
+            case machine.Offer(number, client):
+                self._offer(number, client)
+            case machine.Aggregate(number, clients):
+                self._spawn(self._aggregate(number, clients))
+            case machine.Skip(_, reason):
+                self._settle("skipped", reason)
+            case machine.Finish():
+                self._finish()
 
     def _finish(self) -> None:
         if self._finished is not None and not self._finished.done():
@@ -510,9 +529,13 @@ class Coordinator(Reception):
         loop.call_at(self._round.closes_at, lambda: self._happened(machine.DeadlinePassed(number)))
 
     async def _begin(self, current: _Round) -> None:
-        """Make room for a round's updates, once the round before cannot be lost any more."""
-        if self._recorded is not None:
-            await self._recorded
+        """Make room for a round's updates, once the round before cannot be lost any more.
+
+        Models of more than one earlier round do not wait to be judged either.
+        """
+        for earlier in (self._recorded, self._judged_before):
+            if earlier is not None:
+                await earlier
         current.spool = self._folder.spool(current.number, len(current.slots), self._shards.size)
         await self._enduring(partial(self._shards.open, current.spool))
         self._ledger.open_round(current.number, list(current.slots))
@@ -530,7 +553,6 @@ class Coordinator(Reception):
         else:
             await self._keep(number, self._model)
         self._count_down(number)
-        self._perform(self._held)
 
     def _offer(self, number: int, name: str) -> None:
         left = self._config.deadline
@@ -547,10 +569,14 @@ class Coordinator(Reception):
         return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        """A task that broke is a fault of the server's: stop the run rather than hang."""
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
-        if error and self._finished is not None and not self._finished.done():
+        if error:
+            self._broken(error)
+
+    def _broken(self, error: BaseException) -> None:
+        """A fault of the server's: stop the run rather than hang."""
+        if self._finished is not None and not self._finished.done():
             self._finished.set_exception(error)
 
     # ---- the end of a round -----------------------------------------------------------------------
@@ -638,7 +664,7 @@ class Coordinator(Reception):
             RoundReport, current.number, outcome, reason, len(current.norms), current.refused, result
         )
         judge = self._judge(current.number, self._model, report, self._recorded, self._judged)
-        self._judged = self._spawn(judge)
+        self._judged_before, self._judged = self._judged, self._spawn(judge)
         self._metrics.closed(outcome, asyncio.get_running_loop().time() - current.opened, result)
         log.info(
             "a round is over",
@@ -709,13 +735,13 @@ class Coordinator(Reception):
         self._watch(report(await self._keep(number, model)))
 
     async def _keep(self, number: int, model: Floats) -> Evaluation:
-        """Evaluate the model after a round, and keep it if it is one to keep."""
-        evaluation = await asyncio.to_thread(self._evaluate, model)
-        self._ledger.judge(number, evaluation.accuracy, evaluation.loss)
+        """Keep the model after a round if it is one to keep, and evaluate it."""
         if number % self._config.checkpoint_every == 0 or number == self._config.rounds:
             began = time.monotonic()
             await asyncio.to_thread(self._folder.checkpoint, number, model, self._names)
             self._metrics.checkpointed(time.monotonic() - began)
+        evaluation = await asyncio.to_thread(self._evaluate, model)
+        self._ledger.judge(number, evaluation.accuracy, evaluation.loss)
         return evaluation
 
 

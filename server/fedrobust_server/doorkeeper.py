@@ -41,7 +41,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             limits: for everybody.
         """
         self._ours, self._limits = f"/{service}/", limits
-        self._strangers = Slots("health or reflection calls", limits.strangers, limits.strangers)
+        each = max(1, limits.strangers // 2)  # no address leaves none to the others
+        self._strangers = Slots("health or reflection calls", limits.strangers, each)
         self._arriving = Slots(
             "calls that have not said whose they are", limits.calls, limits.arriving_per_address
         )
@@ -114,7 +115,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         """
         try:
             if stranger:
-                take(self._strangers, "the server", context)
+                take(self._strangers, _address(context.peer()), context)
             with contextlib.ExitStack() as arriving:
                 arriving.callback(self._arriving.take(_address(context.peer())))
                 yield arriving.close

@@ -200,7 +200,8 @@ def federation(
     vectors, size = state.shape
     _check(config.rule, size)
     shards = Shards(size, config.shards, optimiser)
-    with contextlib.closing(folder.ledger(sync=config.durability == "machine")) as ledger:
+    durable = config.durability == "machine"
+    with folder.held(), contextlib.closing(folder.ledger(sync=durable)) as ledger:
         standing = ledger.standing(KEEPS_TURN)
         if standing is not None and standing.state:
             state = folder.load_state(standing.state_round, standing.state, vectors, size)

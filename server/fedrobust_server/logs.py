@@ -48,7 +48,7 @@ _SECRET_NAME = re.compile(
 )
 _SECRET_TEXT = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
-    r"|\bey[\w-]{16,}(?:\.[\w-]+)+",  # base64url of a JSON document, signed
+    r"|\bey[\w-]{16,}={0,2}(?:\.[\w-]+={0,2})+",  # base64url of a JSON document, signed
     re.DOTALL,
 )
 _BLANK = "[redacted]"

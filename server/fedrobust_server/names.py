@@ -9,7 +9,7 @@ from fedrobust import InputError
 from fedrobust.text import printable
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_SERIAL = re.compile(r"[0-9a-f]{32,40}")
+_SERIAL = re.compile(r"[0-9a-f]{32,40}", re.IGNORECASE)
 
 
 def check_name(name: str) -> str:

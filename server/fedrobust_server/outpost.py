@@ -217,6 +217,7 @@ class Outpost(Reception):
         except asyncio.CancelledError:  # the place must not stay taken: the client may be elsewhere
             place = await asked
             if isinstance(place, Place):
+                await self.displace(place)  # what it was admitted in the place of may still be stored
                 await self.conclude(place, LOST)
             raise
 

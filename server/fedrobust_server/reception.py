@@ -257,12 +257,8 @@ class Reception(ABC):
             self.forget()
             self._spool = Spool.find(place.spool, place.slots, place.header.length)
         upload = self._uploads.get(place.client)
-        if upload is not None:
-            if upload.ticket > place.ticket:
-                return TAKEN_OVER
-            upload.ticket = place.ticket
-            if not await upload.take_over():  # the round may even be over, and the spool another one
-                return TAKEN_OVER
+        if not await self.displace(place):  # the round may even be over, and the spool another one
+            return TAKEN_OVER
         if upload is None or not upload.continues(place.header):
             if place.header.offset:
                 return Fault(
@@ -272,6 +268,20 @@ class Reception(ABC):
             upload = Upload(place.header, place.slot, self._spool, place.ticket)
             self._uploads[place.client] = upload
         return upload
+
+    async def displace(self, place: Place) -> bool:
+        """Let nothing of the client's be stored any more that was admitted before this.
+
+        Returns:
+            Whether nothing was admitted since.
+        """
+        upload = self._uploads.get(place.client)
+        if upload is None:
+            return True
+        if upload.ticket > place.ticket:
+            return False
+        upload.ticket = place.ticket
+        return await upload.take_over()
 
     def forget(self) -> None:
         """A round is over: stop its uploads, and let go of its spool."""

@@ -20,7 +20,7 @@ def read_revoked(path: Path) -> frozenset[str]:
     lines = (
         line.partition("#")[0].strip() for line in read_bytes(path).decode(errors="replace").split("\n")
     )
-    entries = frozenset(line for line in lines if line)
+    entries = frozenset(line.lower() if is_serial(line) else line for line in lines if line)
     for entry in entries:
         if not is_serial(entry):
             try:

@@ -205,6 +205,10 @@ KEEPS_TURN = {
     Status.STATUS_LATE,
     Status.STATUS_DUPLICATE,
     Status.STATUS_UNAVAILABLE,
+    # Not about an update, but about when it came; where it might count it is still awaited.
+    Status.STATUS_WRONG_ROUND,
+    Status.STATUS_NOT_SELECTED,
+    Status.STATUS_EXCLUDED,
 }
 """Answers after which a client may submit again while the round is open."""
 
@@ -316,8 +320,10 @@ def _close(state: State) -> tuple[State, Sequence[Action]]:
 def _open(state: State) -> tuple[State, Sequence[Action]]:
     if state.draining or state.round == state.plan.rounds:
         return replace(state, phase=Phase.DONE), [Finish()]
-    willing = state.present - state.excluded
-    if state.awaited or len(willing) < (state.plan.needed if state.round == 0 else 1):
+    willing, needed = state.present - state.excluded, state.plan.needed
+    if state.round:  # no few get a round to themselves because all others are gone for a moment
+        needed = max(_part(min(state.plan.quorum, 0.5), needed), 1)
+    if state.awaited or len(willing) < needed:
         return replace(state, phase=Phase.WAITING), []
     number = state.round + 1
     selected = _select(state, number)
@@ -335,10 +341,15 @@ def _open(state: State) -> tuple[State, Sequence[Action]]:
 def _select(state: State, number: int) -> tuple[str, ...]:
     """A random sample of those who may be asked that depends on the seed and the round alone."""
     present = sorted(state.present - state.excluded)
-    count = math.ceil(state.plan.sample * len(present))
+    count = _part(state.plan.sample, len(present))
     rng = np.random.default_rng(np.random.SeedSequence(state.plan.seed, spawn_key=(2, number)))
     return tuple(sorted(rng.choice(present, size=count, replace=False).tolist()))
 
 
 def _quorum(state: State) -> int:
-    return math.ceil(state.plan.quorum * len(state.selected))
+    return _part(state.plan.quorum, len(state.selected))
+
+
+def _part(fraction: float, number: int) -> int:
+    """At least that fraction, in whole clients; 0.07 of 100 is 7, though the product is a bit more."""
+    return math.ceil(fraction * number * (1 - 1e-12))

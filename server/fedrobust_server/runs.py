@@ -1,5 +1,6 @@
 """A run's folder: config.toml, ledger.sqlite, checkpoints/, the report, and what resuming needs.
 
+lock                        held by the server that is at the run
 spool/round-000012.rows     the updates of the round that is going on (`Spool`)
 state/round-000011.f32      the model, and what the optimiser remembers beside it, after a round
 """
@@ -7,6 +8,7 @@ state/round-000011.f32      the model, and what the optimiser remembers beside i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -88,6 +90,24 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"there is no run in {path}: {error.strerror}") from None
         return cls(path), RunConfig.from_toml(text)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other servers off the run; the system lets go of it as soon as this process is dead.
+
+        Raises:
+            InputError: another server has it.
+        """
+        with (self.path / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another server is at the run {self.path}; stop that one first"
+                ) from None
+            except OSError as error:
+                raise InputError(f"cannot lock {self.path / 'lock'}: {error.strerror}") from None
+            yield
 
     def ledger(self, *, sync: bool = False) -> Ledger:
         """The run's ledger."""

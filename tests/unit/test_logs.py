@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedrobust_proto.v1.federation_pb2 import Chunk
 from fedrobust_server.logs import Human, JSONLines, about, logging_to
+from fedrobust_server.tokens import Token, sign
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,6 +87,15 @@ def test_secrets_and_updates_are_not_rendered(made: logging.LogRecord) -> None:
         line = formatter.format(made)
         assert SECRET[:7] not in line
         assert "104 117" not in line  # the first bytes of an array of it
+
+
+@pytest.mark.parametrize("name", ["a", "ab", "abc", "st-mary", "a-rather-long-name.of-a-client"])
+def test_no_token_that_we_sign_is_rendered(name: str) -> None:
+    token = Token(client=name, serial="0" * 32, not_before=0, expires=10)
+    text = sign(token, Ed25519PrivateKey.generate()).decode()
+    for formatter in (JSONLines(), Human()):
+        line = formatter.format(record("a call with %s failed", text))
+        assert not any(part.rstrip("=")[-12:] in line for part in text.split("."))
 
 
 def test_a_digest_and_a_client_with_key_in_its_name_are_fine() -> None:

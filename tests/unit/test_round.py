@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import pytest
 from fedrobust_proto.v1.federation_pb2 import Status
 from fedrobust_server import round as machine
 from fedrobust_server.round import Action, Event, Fault, Phase, Plan, State, step
@@ -97,6 +98,27 @@ def test_it_waits_when_everybody_is_gone_and_ends_after_the_last_round() -> None
     assert actions == [machine.Open(2, ("a",))]
     _, actions = play(state, [*submitted("a", number=2), machine.Settled(2)])
     assert actions[-1] == machine.Finish()
+
+
+def test_few_get_no_round_to_themselves_when_all_others_are_gone_for_a_moment() -> None:
+    state, _ = joined("a", "b", "c")
+    gone = [machine.Left(client) for client in "abc"]
+    state, actions = play(state, [*gone, machine.DeadlinePassed(1), machine.Settled(1)])
+    assert state.phase is Phase.WAITING
+    state, actions = step(state, machine.Joined("c"))
+    assert (state.phase, actions) == (Phase.WAITING, [])
+    assert step(state, machine.Joined("a"))[1] == [machine.Open(2, ("a", "c"))]
+
+
+@pytest.mark.parametrize(("quorum", "clients", "needed"), [(0.07, 100, 7), (0.55, 100, 55), (0.5, 3, 2)])
+def test_a_quorum_is_no_more_than_it_says(quorum: float, clients: int, needed: int) -> None:
+    names = [f"c{i:03}" for i in range(clients)]
+    state, _ = joined(*names, plan=replace(PLAN, needed=clients, quorum=quorum))
+    state, _ = play(state, submitted(*names[:needed]))
+    assert isinstance(step(state, machine.DeadlinePassed(1))[1][0], machine.Aggregate)
+    state, _ = joined(*names, plan=replace(PLAN, needed=clients, quorum=quorum))
+    state, _ = play(state, submitted(*names[: needed - 1]))
+    assert isinstance(step(state, machine.DeadlinePassed(1))[1][0], machine.Skip)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 1.0), st.integers(1, 40))

@@ -239,6 +239,8 @@ def test_a_revocation_is_noticed(tmp_path: Path) -> None:
     assert not revoked.any("carol", "0")
     assert (server / "revoked").read_text() == f"alice\n{serial}\n"
     assert [authority.state(issued) for issued in authority.issued()] == ["good", "revoked", "revoked"]
+    (server / "revoked").write_text(f"{serial.upper()}\n")  # as other programs print it
+    assert Revoked(server / "revoked").any("carol", serial)
     with pytest.raises(InputError, match="no client, certificate or token 'alcie'"):
         authority.revoke("alcie")
 

@@ -1,0 +1,372 @@
+"""What may happen between two steps of the server: the coordinator, with a shard in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from fedrobust_proto.v1 import federation_pb2 as pb
+from fedrobust_proto.v1 import vectors
+from fedrobust_server import lifeline
+from fedrobust_server.config import RunConfig
+from fedrobust_server.coordinator import Coordinator
+from fedrobust_server.gateways import _Link
+from fedrobust_server.metrics import Metrics
+from fedrobust_server.outpost import Outpost
+from fedrobust_server.reception import LeavingError, Reception
+from fedrobust_server.round import KEEPS_TURN
+from fedrobust_server.runs import RunFolder
+from fedrobust_server.shards import Shard
+from fedrobust_server.spool import Spool, identity
+
+from fedrobust import InputError
+from fedrobust.optimisers import parse_optimiser
+from fedrobust.training import Evaluation, Task
+
+D = 60
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass
+class Rows:
+    shard: Shard
+    slots: list[int]
+    width: int
+
+    def sum(self, part: Any) -> Any:
+        return self.shard.sum(part, self.slots, self.width)
+
+    def map(self, part: Any) -> Any:
+        return self.shard.map(part, self.slots)
+
+
+class Here:
+    """`Shards` as the coordinator uses them, without Ray."""
+
+    size = D
+
+    def start(self, state: Any) -> None:
+        self.shard = Shard(0, state, parse_optimiser("sgd"), 1)
+
+    def open(self, spool: Spool) -> None:
+        self.shard.open(spool.slots, str(spool.path.resolve()))
+
+    def write(self, slot: int, start: int, values: Any) -> None:
+        """It reads the spool."""
+
+    def send(self, spool: Spool, slot: int) -> None:
+        """It reads the spool."""
+
+    def follow(self, slot: int, ticket: int, _start: int, stop: int) -> None:
+        self.shard.follow(slot, ticket, stop)
+
+    def complete(self, slot: int, ticket: int = 0) -> None:
+        self.shard.complete(slot, ticket)
+
+    def fold(self) -> None:
+        self.shard.fold()
+
+    def backlog(self) -> int:
+        return 0
+
+    def replay(self, _spool: Spool, slots: list[int]) -> None:
+        for slot in slots:
+            self.complete(slot)
+        self.fold()
+
+    def gram(self, slots: list[int]) -> Any:
+        half = self.shard.gram(slots)
+        return (half + half.T) / 2
+
+    def rows(self, slots: list[int]) -> Rows:
+        return Rows(self.shard, slots, D)
+
+    def step(self, state: Spool) -> Any:
+        self.shard.step(str(state.path.resolve()), identity(state.file))
+        return state.map()
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def watch() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(lifeline, "watch", watch)
+
+
+def coordinator(folder: RunFolder, config: RunConfig, **changes: Any) -> Coordinator:
+    """Of a new run, or of one that goes on."""
+    state, shards, ledger = np.zeros((1, D), np.float32), Here(), folder.ledger()
+    standing = ledger.standing(KEEPS_TURN)
+    if standing is not None and not standing.closed:
+        folder.check_spool(standing, D)
+    shards.start(state)
+    parts: dict[str, Any] = {"evaluate": lambda _model: Evaluation(0.5, 0.5), **changes}
+    evaluate = parts.pop("evaluate")
+    return Coordinator(
+        config,
+        (("w", (D,)),),
+        shards,  # type: ignore[arg-type]
+        ledger,
+        evaluate,
+        folder=folder,
+        state=state,
+        standing=standing,
+        watch=lambda _report: None,
+        metrics=Metrics(),
+        **parts,
+    )
+
+
+def run_of(tmp_path: Path, clients: int, **changes: Any) -> tuple[RunFolder, RunConfig]:
+    config = RunConfig(task=Task(clients=clients, model="softmax"), **changes)
+    return RunFolder.create(tmp_path, config), config
+
+
+def update(session: bytes, number: int, vector: Vector, parts: int = 3) -> list[pb.SubmitRequest]:
+    data = bytes(vectors.pack(vector, pb.DTYPE_FLOAT32))
+    header = pb.SubmitHeader(
+        session=session,
+        round=number,
+        encoding=vectors.encoding(),
+        length=D,
+        digest=vectors.digest(memoryview(data)),
+        examples=1,
+    )
+    each = len(data) // parts
+    chunks = [pb.Chunk(offset=at, data=data[at : at + each]) for at in range(0, len(data), each)]
+    return [pb.SubmitRequest(header=header), *(pb.SubmitRequest(chunk=chunk) for chunk in chunks)]
+
+
+async def stream(
+    messages: list[pb.SubmitRequest], gate: asyncio.Event | None = None, shut: int = 0
+) -> AsyncIterator[pb.SubmitRequest]:
+    """These messages; those after so many when the gate is open."""
+    for at, message in enumerate(messages):
+        if gate is not None and at == shut:
+            await gate.wait()
+        yield message
+    if gate is not None:
+        await gate.wait()
+
+
+async def enter(where: Reception, name: str, heard: list[asyncio.Task[None]]) -> bytes:
+    """Join, and listen for as long as it lasts."""
+    session = (await where.enrol(pb.EnrolRequest(client=name))).session
+
+    async def listen() -> None:
+        async for _ in where.rounds(pb.RoundsRequest(session=session)):
+            pass
+
+    heard.append(asyncio.ensure_future(listen()))
+    await asyncio.sleep(0)
+    return session
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(4000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    pytest.fail("it does not come to that")
+
+
+async def leave(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def honest(name: str) -> Vector:
+    return np.random.default_rng(list(name.encode())).normal(size=D).astype(np.float32)
+
+
+def test_a_cancelled_admission_leaves_no_upload_behind_that_goes_on(tmp_path: Path) -> None:
+    """Else a client could overwrite an update that counts, from another gateway."""
+    folder, config = run_of(tmp_path, 3, rounds=1, rule="mean", gateways=2)
+
+    class Remote:
+        def __init__(self, method: Any) -> None:
+            self.remote = lambda *about: asyncio.ensure_future(method(*about))
+
+    class Actor:
+        def __init__(self, outpost: Outpost) -> None:
+            self.questions, self.answer = Remote(outpost.questions), Remote(outpost.answer)
+
+    async def scenario() -> None:
+        server, outpost, heard = coordinator(folder, config), Outpost(), list[asyncio.Task[None]]()
+        talk = asyncio.ensure_future(_Link("gateway-1", Actor(outpost), server, None).talk())  # type: ignore[arg-type]
+        running = asyncio.ensure_future(server.run())
+        sessions = {name: await enter(server, name, heard) for name in ("a", "b", "evil")}
+        there = (await outpost.enrol(pb.EnrolRequest(client="evil"))).session
+        await until(server._round.begun.is_set)
+        bad, gate = np.full(D, 1e6, np.float32), asyncio.Event()
+        first = asyncio.ensure_future(outpost.submit(stream(update(there, 1, bad), gate, 2)))
+        await until(lambda: bool(outpost._uploads) and outpost._uploads["evil"].received > 0)
+        second = asyncio.ensure_future(outpost.submit(stream(update(there, 1, bad))))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await leave(second)
+        assert second.cancelled()
+        assert not server._round.places
+        for name, session in sessions.items():
+            if name != "b":
+                receipt = await server.submit(stream(update(session, 1, honest(name))))
+                assert receipt.status == pb.STATUS_ACCEPTED
+        gate.set()
+        assert (await first).status != pb.STATUS_ACCEPTED
+        row = server._round.spool.read(server._round.slots["evil"], 0, D)  # type: ignore[union-attr]
+        assert np.array_equal(row, honest("evil"))
+        await server.submit(stream(update(sessions["b"], 1, honest("b"))))
+        mean = np.mean([honest(name) for name in sessions], axis=0)
+        np.testing.assert_allclose(await running, mean, atol=1e-6)
+        await leave(talk, *heard)
+
+    asyncio.run(scenario())
+
+
+def cut_off(folder: RunFolder, config: RunConfig, updates: dict[str, Vector]) -> None:
+    """Leave a round open, with these updates, and one client missing."""
+
+    async def scenario() -> None:
+        server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        sessions = {name: await enter(server, name, heard) for name in [*updates, "missing"]}
+        for name, vector in updates.items():
+            receipt = await server.submit(stream(update(sessions[name], 1, vector)))
+            assert receipt.status == pb.STATUS_ACCEPTED
+        await leave(running, *heard)
+        server._ledger.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_comes_and_goes_while_shards_read_updates_again_closes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the rule would look at a Gram matrix of zeros, and see nothing."""
+    folder, config = run_of(tmp_path, 8, rounds=1, rule="filter", deadline=1.0)
+    updates = {f"h{i}": honest(f"h{i}") for i in range(6)}
+    cut_off(folder, config, {**updates, "evil": np.full(D, 1e6, np.float32)})
+    replay = Here.replay
+
+    def slowly(self: Here, spool: Spool, slots: list[int]) -> None:
+        time.sleep(0.3)
+        replay(self, spool, slots)
+
+    monkeypatch.setattr(Here, "replay", slowly)
+
+    async def scenario() -> None:
+        server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        await enter(server, "missing", heard)
+        await asyncio.sleep(0.1)
+        await leave(*heard)
+        assert np.abs(await running).max() < 3
+
+    asyncio.run(scenario())
+
+
+def test_an_update_that_ends_while_the_server_stops_may_come_again(tmp_path: Path) -> None:
+    folder, config = run_of(tmp_path, 2, rounds=1, rule="mean", deadline=60.0)
+
+    async def scenario() -> None:
+        server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        sessions = {name: await enter(server, name, heard) for name in "ab"}
+        await server.submit(stream(update(sessions["a"], 1, honest("a"))))
+        gate = asyncio.Event()
+        slow = asyncio.ensure_future(
+            server.submit(stream(update(sessions["b"], 1, honest("b")), gate, 99))
+        )
+        await until(lambda: bool(server._uploads) and "b" in server._uploads)
+        server.drain()
+        gate.set()
+        with pytest.raises(LeavingError):
+            await slow
+        await running
+        await leave(*heard)
+        server._ledger.close()
+
+    asyncio.run(scenario())
+    standing = folder.ledger().standing(KEEPS_TURN)
+    assert standing is not None
+    assert (set(standing.accepted), standing.failed, standing.closed) == ({"a"}, frozenset(), False)
+
+
+def test_a_fault_at_a_deadline_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, config = run_of(tmp_path, 2, deadline=0.2, quorum=1.0)
+
+    async def scenario() -> None:
+        server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # it tells of it as well
+
+        def full(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(server._ledger, "judge_clients", full)
+        running = asyncio.ensure_future(server.run())
+        for name in "ab":
+            await enter(server, name, heard)
+        with pytest.raises(sqlite3.OperationalError):
+            await asyncio.wait_for(running, 10)
+        await leave(*heard)
+
+    asyncio.run(scenario())
+
+
+def test_an_event_that_cannot_be_recorded_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = coordinator(*run_of(tmp_path, 2))
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(server._ledger, "event", full)
+    server.note("gateway-1 was lost")
+    assert "gateway-1 was lost" in caplog.text
+    assert "disk is full" in caplog.text
+
+
+def test_rounds_wait_for_models_to_be_judged(tmp_path: Path) -> None:
+    """Else models would pile up, and checkpoints come after the crash that they are for."""
+    folder, config = run_of(tmp_path, 1, rounds=6, rule="mean", checkpoint_every=2)
+    judged, ahead = list[int](), list[int]()
+
+    def evaluate(_model: Any) -> Evaluation:
+        time.sleep(0.05)
+        judged.append(1)
+        return Evaluation(0.5, 0.5)
+
+    async def scenario() -> None:
+        server, heard = coordinator(folder, config, evaluate=evaluate), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        session = await enter(server, "a", heard)
+        for number in range(1, 7):
+            await until(lambda n=number: server._round.number == n)  # type: ignore[misc]
+            await server.submit(stream(update(session, number, honest("a"))))
+            ahead.append(number - len(judged))
+        await running
+        await leave(*heard)
+
+    asyncio.run(scenario())
+    assert max(ahead) <= 3
+    assert len(judged) == 6
+    assert len(list((folder.path / "checkpoints").iterdir())) == 3
+
+
+def test_a_run_has_one_server_at_a_time(tmp_path: Path) -> None:
+    folder, _ = run_of(tmp_path, 2)
+    with folder.held(), pytest.raises(InputError, match="another server is at the run"), folder.held():
+        pass
+    with folder.held():
+        pass

@@ -178,7 +178,7 @@ def aggregate(  # noqa: PLR0913 (the front door)
     >>> result.weights[-2:], result.verdict.value
     (array([0., 0.]), 'outliers removed')
     """
-    aggregator = _composition(rule)
+    aggregator = composition(rule)
     _check(seed, anchors)
     table, names = tabulate(updates, reference), tuple(anchors or ())
     rows = LocalRows(with_anchors(table, anchors) if anchors else table.blocks)
@@ -322,7 +322,7 @@ def combine(
     Raises:
         InputError: as `aggregate`.
     """
-    aggregator = _composition(rule)
+    aggregator = composition(rule)
     with few_threads(gram.n):
         gram = assume(gram, aggregator.eps, eps)
         decision = aggregator(gram)
@@ -372,14 +372,20 @@ def _beside(matrix: Matrix, anchors: tuple[str, ...]) -> Matrix:
     return np.pad(matrix, ((0, 0), (0, len(anchors))))
 
 
-def _check(seed: object, anchors: object) -> None:
+def check_seed(seed: object) -> None:
+    """Raises InputError: it is none."""
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise InputError(f"seed must be a whole number, 0 or more, got {seed!r}")
+
+
+def _check(seed: object, anchors: object) -> None:
+    check_seed(seed)
     if not isinstance(anchors, Mapping | None):
         raise InputError(f"anchors must be a dict of rows by name, got {type(anchors).__name__}")
 
 
-def _composition(rule: object) -> Aggregator:
+def composition(rule: object) -> Aggregator:
+    """The rules that are to be applied. Raises InputError: there are no such rules."""
     if isinstance(rule, str):
         return parse_rule(rule)
     if isinstance(rule, Aggregator):

@@ -319,6 +319,9 @@ def _near_one(part: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Their largest values are then near 1.
     """
     rows = part[chosen]
+    if not rows.shape[1]:  # a tensor without values
+        chosen, rows = chosen[:0], rows[:0]
+        return chosen, rows, rows.new_ones(0, 1, dtype=torch.float64)
     largest = rows.abs().amax(dim=1, keepdim=True).double()
     # As far as it goes without a power, or its inverse, that is subnormal.
     least = float(torch.finfo(part.dtype).tiny)

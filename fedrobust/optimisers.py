@@ -181,6 +181,7 @@ class Adam(Moments):
     def follow(self, squares: Tensor, aggregate: Tensor) -> None:
         """A running mean."""
         squares.mul_(self.beta2).addcmul_(aggregate, aggregate, value=1 - self.beta2)
+        squares.nan_to_num_(nan=math.inf, posinf=math.inf)  # of an infinite v times a beta2 of 0
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,6 +18,7 @@ from fedrobust import kernels
 from fedrobust.aggregate import (
     Aggregated,
     LocalRows,
+    check_seed,
     combine,
     gram_of,
     lower_median,
@@ -242,6 +243,7 @@ class RunningAggregate:
         that are not whole or not finite are `refused`. `shares` are in place of those with which the
         rows began.
         """
+        check_seed(seed)
         n, size = len(self), self._rows.shape[1]
         masses = np.asarray(self._shares if shares is None else shares, dtype=np.float64)
         if masses.shape != (n,) or not ((masses >= 0) & (masses < np.inf)).all():

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fedrobust.aggregate import Aggregated, aggregate
+from fedrobust.aggregate import Aggregated, aggregate, check_seed, composition
 from fedrobust.errors import InputError
 from fedrobust.kernels import Vector
-from fedrobust.rules import Aggregator, Rule, parse_rule
+from fedrobust.rules import Aggregator, Rule
+from fedrobust.rules.fraction import check_eps
 from fedrobust.text import printable
 from fedrobust.trees import Tree
 from fedrobust.verdict import Verdict
@@ -63,6 +64,7 @@ class Round:
         clients: those that answered, in the order of `result.weights` and `result.scores`.
         refused: those of them whose answers were malformed, and why.
         failed: those that reported a failure of their own, and what they said.
+        repeated: those that answered more than once; the first answer counts.
         result: what the rule made of it; None if it could not be applied.
         skipped: why the model stays as it is; empty if it does not.
     """
@@ -72,6 +74,7 @@ class Round:
     clients: tuple[Client, ...]
     refused: Mapping[Client, str]
     failed: Mapping[Client, str] = field(default_factory=dict)
+    repeated: tuple[Client, ...] = ()
     result: Aggregated | None = None
     skipped: str = ""
 
@@ -128,6 +131,7 @@ class Round:
         lines = [line]
         if outvoted:
             lines.append(f"no weight for {', '.join(map(str, outvoted))}")
+        lines += [f"{client} answers twice; the first counts" for client in self.repeated]
         lines += [f"refused {client}: {printable(why)}" for client, why in self.refused.items()]
         return lines + [f"failed {client}: {printable(why)}" for client, why in self.failed.items()]
 
@@ -155,8 +159,10 @@ class Defence:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.rule, str):
-            parse_rule(self.rule)
+        composition(self.rule)
+        check_seed(self.seed)
+        if self.eps is not None:
+            check_eps(self.eps)
         if self.max_share is not None and not 0 < self.max_share <= 1:
             raise InputError(f"max_share must be in (0, 1], got {self.max_share}")
         if not 0 <= self.quorum <= 1:
@@ -185,18 +191,20 @@ class Defence:
             reason, if the rule or the reference does not allow for an aggregate.
         """
         kept, trees, refused = list[int](), list[Tree](), dict[Client, str]()
-        seen = set[Client]()
+        answers, firsts = Counter(offer.client for offer in offers), dict[Client, Offer]()
+        for offer in offers:
+            firsts.setdefault(offer.client, offer)
+        offers = list(firsts.values())
         for index, offer in enumerate(offers):
-            why = "answers twice" if offer.client in seen else self.refusal(offer)
-            seen.add(offer.client)
-            if why:
+            if why := self.refusal(offer):
                 refused[offer.client] = why
             else:
                 kept.append(index)
                 trees.append(offer.update)
         shares = self.shares([offers[i].examples for i in kept])
         clients = tuple(offer.client for offer in offers)
-        plain = Round(number, asked, clients, refused, failed)
+        repeated = tuple(client for client, times in answers.items() if times > 1)
+        plain = Round(number, asked, clients, refused, failed, repeated)
         if not trees:
             return replace(plain, skipped="there is no usable update")
         try:
@@ -230,7 +238,8 @@ class Defence:
 
     def judge(self, found: Round, leaves: Iterable[np.ndarray[Any, Any]]) -> Round:
         """Skip the round if too few updates are left, or the value is not finite."""
-        needed = max(math.ceil(self.quorum * found.asked), 1)
+        # 0.55 of 100 is 55, though the product is a little more.
+        needed = max(math.ceil(self.quorum * found.asked * (1 - 1e-12)), 1)
         if found.accepted < needed:
             return replace(found, skipped=f"{found.accepted} updates, {needed} are needed")
         if not all(np.isfinite(leaf).all() for leaf in leaves):
@@ -294,9 +303,9 @@ def _finite(value: object) -> Vector | None:
 def _counts(examples: object) -> bool:
     """Whether this can be a number of examples."""
     return (
-        isinstance(examples, int | float)
+        isinstance(examples, int | float | np.integer | np.floating)
         and not isinstance(examples, bool)
-        and 0 < examples <= _MOST_EXAMPLES
+        and bool(0 < examples <= _MOST_EXAMPLES)
     )
 
 

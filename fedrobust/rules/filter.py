@@ -89,7 +89,8 @@ class Filter(Weighting):
             eigenvalue), in the updates' units; None judges the round against its own bulk.
         factor: how far above the bulk's edge the threshold is, where sigma is not known.
         removal: "soft" multiplies weights by 1 - tau_i / max tau; "random" removes row i outright with
-            probability tau_i / max tau, drawn from the round's seed.
+            probability tau_i / max tau, drawn from the round's seed, but softly where that would take
+            more than the budget.
     """
 
     name = "filter"
@@ -132,9 +133,10 @@ class Filter(Weighting):
             if state.levels is None:
                 state = replace(state, levels=read_levels(gram, normalised, values, self.factor))
             level = state.level(gram.eps)
-            hidden = level is None and has_bulk(gram, normalised)
-            rounding = gram.rounding(normalised)
-            loud = values > max(_HIDING * top if level is None else level, rounding)
+            hiding, rounding = _HIDING * top, gram.rounding(normalised)
+            # Directions with less are nothing but the rounding of what is loud.
+            buried = has_bulk(gram, normalised) if level is None else level < hiding
+            loud = values > max(level or 0.0, hiding, rounding)
             loud[0] = top > rounding  # what is nothing but rounding has no direction
             few = np.flatnonzero(loud)[:_REMEMBERED]
             found = np.zeros((gram.n, len(few)))
@@ -142,8 +144,8 @@ class Filter(Weighting):
             directions.append(found)
             if gram.f == 0 or top <= max(level or 0.0, rounding):
                 break
-            seen = projections[:, loud] if hidden else projections
-            swept = self._sweep(gram, state, seen, _HIDING * top if hidden else None, rng)
+            seen = projections[:, loud] if buried else projections
+            swept = self._sweep(gram, state, seen, hiding if buried else None, rng)
             if swept is state:
                 break
             near, state = np.zeros(gram.n), swept
@@ -164,7 +166,7 @@ class Filter(Weighting):
             gram: of all rows.
             state: where the sweep starts.
             projections: (m, k) of the rows that carry weight on k directions, orthogonal under it.
-            floor: what is tolerated where there is no level; None for a single step.
+            floor: what is tolerated at least; None for a single step where there is no level either.
             rng: for randomised removal.
         """
         support, before = np.flatnonzero(state.weights), state.steps
@@ -177,8 +179,7 @@ class Filter(Weighting):
             normalised = weights / weights.sum()
             squares = (projections - normalised @ projections) ** 2
             variances = normalised @ squares
-            level = state.level(gram.eps)
-            tolerated = floor if level is None else level
+            tolerated = max((t for t in (state.level(gram.eps), floor) if t is not None), default=None)
             if tolerated is None and state.steps > before:
                 return state
             if tolerated is not None and variances.max() <= tolerated * (1 - 1e-9):
@@ -186,9 +187,13 @@ class Filter(Weighting):
             tau = self.measure(squares, variances, rest)
             tau[weights == 0] = 0.0
             lost = tau / tau.max()
-            kept = weights * (1 - lost if self.removal == "soft" else rng.random(len(lost)) >= lost)
+            most = 2 * gram.eps * (1 + 1e-9)
+            kept = weights * (1 - lost)
+            if self.removal == "random":
+                drawn = weights * (rng.random(len(lost)) >= lost)
+                kept = drawn if 1 - drawn.sum() <= most else kept  # else an unlucky draw would end it
             kept[kept < 1e-12 * gram.shares[support]] = 0.0  # what is as good as removed
-            if 1 - kept.sum() > 2 * gram.eps * (1 + 1e-9):
+            if 1 - kept.sum() > most:
                 return state
             after = np.zeros(gram.n)
             after[support] = kept

@@ -55,8 +55,7 @@ class MedianLength(Mixing):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Shorten the longer half."""
-        lengths = np.sqrt(np.diag(gram.matrix))
-        return shortened(gram, lengths, float(np.median(lengths)))
+        return shortened(gram, gram.lengths, float(np.median(gram.lengths)))
 
 
 @dataclass(frozen=True, repr=False)

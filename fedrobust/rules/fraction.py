@@ -31,12 +31,15 @@ def assume(gram: Gram, *named: Any) -> Gram:  # noqa: ANN401 (what it is is look
         InputError: it is neither in [0, 0.5) nor "auto".
     """
     eps = next((name for name in named if name is not None), DEFAULT_EPS)
-    if eps == AUTO:
-        return gram.assuming(estimate_eps(gram))
+    check_eps(eps)
+    return gram.assuming(estimate_eps(gram) if eps == AUTO else float(eps))
+
+
+def check_eps(eps: Any) -> None:  # noqa: ANN401 (as above)
+    """Raises InputError: it is neither in [0, 0.5) nor "auto"."""
     number = isinstance(eps, int | float | np.floating) and not isinstance(eps, bool)
-    if not number or not 0 <= float(eps) < 0.5:
+    if eps != AUTO and not (number and 0 <= float(eps) < 0.5):
         raise InputError(f"eps must be in [0, 0.5), the malicious fraction, or 'auto'; got {eps!r}")
-    return gram.assuming(float(eps))
 
 
 def estimate_eps(gram: Gram) -> float:
@@ -48,11 +51,20 @@ def estimate_eps(gram: Gram) -> float:
     known, but a certificate for the estimate does not cover it.
 
     Source: ours; the third regime of the filter, with neither sigma nor eps known.
+
+    Raises:
+        InputError: rows differ, but there are too few coordinates to read a spectrum off.
     """
     half = gram.assuming(_MOST)
-    threshold = Filter()(half).notes["threshold"]
+    notes = Filter()(half).notes
+    threshold = notes["threshold"]
     if threshold == 0:
-        return 0.0
+        if notes["top_eigenvalue"] <= gram.rounding(gram.shares):  # rows that are all alike
+            return 0.0
+        raise InputError(
+            f"eps cannot be estimated: the spectrum of {gram.n} rows that differ in so few directions "
+            "has no middle; name the malicious fraction"
+        )
     sigma = math.sqrt(threshold * _STANDS_OUT / 3 * (1 - 2 * _MOST))
     removed = Filter(sigma=sigma)(half).notes["removed"]
     return min(removed * (1 + 1e-6), _MOST)

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedrobust.gram import Gram
+from fedrobust.kernels import Vector
 from fedrobust.rules.rule import Mixed, Weighting, weigh
+
+_FAR = 1e3
+"""So many times the usual distance rows must be away before steps begin elsewhere than at the mean."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -18,7 +22,10 @@ class GeometricMedian(Weighting):
 
     All steps take place on the weights a, by ||x_i - X a||^2 = G_ii - 2 (G a)_i + a^T G a, so many
     steps cost no more than few; they stop when no distance changes any more. (The same from squared
-    distances would lose the honest rows' digits beside a row of norm 1e30.)
+    distances would lose the honest rows' digits beside a row of norm 1e30.) Few steps begin at the mean,
+    as in the paper. Where n or more may be taken, and rows are a thousand times further out than most,
+    each counts at first by the inverse of its median distance from the others: from the mean, near
+    eps = 1/2, it would take thousands of steps to forget a norm of 1e30.
 
     Guarantee: ||z - mu_S|| <= 2 (1 - eps) / (1 - 2 eps) max_S ||x_i - mu_S|| (a factor sqrt d worse
     than the filter's for spread-out rows), up to the smoothing. Breakdown point 1/2; eps is not used.
@@ -47,6 +54,8 @@ class GeometricMedian(Weighting):
         """Weigh the rows."""
         product, norms = gram.product(self.steps), gram.squared_norms
         weights, distances = gram.shares, np.zeros(gram.n)
+        if self.steps >= gram.n:
+            weights = _near_most(gram)
         blur = 1e-8 * np.sqrt(norms)  # distances below this are rounding
         for _ in range(self.steps):
             toward = product(weights)
@@ -58,3 +67,16 @@ class GeometricMedian(Weighting):
             closeness = gram.shares / np.maximum(distances, floor)
             weights = closeness / closeness.sum()
         return weigh(weights, distances)
+
+
+def _near_most(gram: Gram) -> Vector:
+    """(n,) shares; if rows are far out, over each row's median distance from all of them, by mass."""
+    norms = gram.squared_norms
+    apart = np.sqrt(np.maximum(norms[:, None] + norms - 2 * gram.matrix, 0.0))
+    order = np.argsort(apart, axis=1)
+    below = (np.cumsum(gram.shares[order], axis=1) < 0.5).sum(axis=1)
+    middle = np.take_along_axis(apart, order, axis=1)[np.arange(gram.n), below]
+    if middle.max() <= _FAR * np.median(middle):
+        return gram.shares
+    closeness = gram.shares / np.maximum(middle, 1e-8 * np.sqrt(norms) + np.finfo(float).tiny)
+    return np.asarray(closeness / closeness.sum())

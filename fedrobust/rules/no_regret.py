@@ -20,7 +20,7 @@ class NoRegret(Weighting):
         w <- b
         repeat: for each eigenvector v of the covariance under w that stands out:
                     tau_i <- <v, x_i - mu_w>^2
-                    w_i   <- w_i (1 - tau_i / (2 max tau))
+                    w_i   <- w_i (1 - lambda_v / lambda_1 tau_i / (2 max tau))
                 w <- its projection, in relative entropy, onto {w_i <= b_i / (1 - eps), sum w = 1}
         return the iterate with the smallest top eigenvalue
 
@@ -72,7 +72,9 @@ class NoRegret(Weighting):
                 tau = np.zeros(gram.n)
                 tau[weights > 0] = along**2
                 scores = np.maximum(scores, tau / value)
-                marked *= 1 - (0.5 if levels else 1.0) * tau / tau.max()
+                # By as much as it matters: rows of one point have no variance in other directions, and
+                # would gain what honest rows lose in each of theirs.
+                marked *= 1 - (0.5 if levels else 1.0) * value / values[0] * tau / tau.max()
             if cap[marked > 0].sum() < 1 - 1e-9:
                 break
             weights = _project(marked, cap)

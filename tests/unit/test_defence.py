@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedrobust import InputError
 from fedrobust.integrations.defence import Defence, Offer, capped, medians
 
 COUNTS = st.lists(st.floats(1e-3, 1e15), min_size=1, max_size=12)
@@ -64,7 +66,33 @@ def test_the_same_client_counts_once() -> None:
     ]
     found = Defence("mean").decide(1, 2, offers, {}, reference)
     np.testing.assert_allclose(found.result.value["w"], 1.5)
-    assert found.refused == {"a": "answers twice"}
+    assert (found.refused, found.repeated, found.accepted) == ({}, ("a",), 2)
+    assert "a answers twice; the first counts" in found.lines()
+
+
+def test_answering_often_makes_no_quorum() -> None:
+    offers = [Offer("evil", {"w": np.full(3, 1e6)})] * 10
+    found = Defence("median").decide(1, 10, offers, {}, {"w": np.zeros(3)})
+    assert found.accepted == 1
+    assert found.skipped == "1 updates, 5 are needed"
+
+
+def test_a_quorum_is_no_more_than_it_says() -> None:
+    offers = [Offer(i, {"w": np.ones(3)}) for i in range(55)]
+    assert not Defence("mean", quorum=0.55).decide(1, 100, offers, {}, {"w": np.zeros(3)}).skipped
+
+
+@pytest.mark.parametrize(
+    "options", [{"eps": 0.7}, {"eps": "much"}, {"seed": -5}, {"seed": 0.5}, {"rule": 5}, {"quorum": 2}]
+)
+def test_what_would_skip_every_round_is_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        Defence(**options)
+
+
+def test_counts_of_numpy_count() -> None:
+    offers = [Offer(i, {"w": np.ones(3)}, np.int64(5)) for i in range(3)]
+    assert Defence("mean", max_share=0.5).decide(1, 3, offers, {}, {"w": np.zeros(3)}).accepted == 3
 
 
 def test_an_aggregate_that_is_not_finite_never_becomes_the_model() -> None:

@@ -6,7 +6,6 @@ are left, the round is skipped and the model stays as it is. Nothing of a report
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from fedrobust.aggregate import Aggregated, aggregate, check_seed, composition
 from fedrobust.errors import InputError
 from fedrobust.kernels import Vector
 from fedrobust.rules import Aggregator, Rule
-from fedrobust.rules.fraction import check_eps
+from fedrobust.rules.fraction import at_least, check_eps
 from fedrobust.text import printable
 from fedrobust.trees import Tree
 from fedrobust.verdict import Verdict
@@ -238,8 +237,7 @@ class Defence:
 
     def judge(self, found: Round, leaves: Iterable[np.ndarray[Any, Any]]) -> Round:
         """Skip the round if too few updates are left, or the value is not finite."""
-        # 0.55 of 100 is 55, though the product is a little more.
-        needed = max(math.ceil(self.quorum * found.asked * (1 - 1e-12)), 1)
+        needed = max(at_least(self.quorum, found.asked), 1)
         if found.accepted < needed:
             return replace(found, skipped=f"{found.accepted} updates, {needed} are needed")
         if not all(np.isfinite(leaf).all() for leaf in leaves):

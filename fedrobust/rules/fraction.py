@@ -42,6 +42,11 @@ def check_eps(eps: Any) -> None:  # noqa: ANN401 (as above)
         raise InputError(f"eps must be in [0, 0.5), the malicious fraction, or 'auto'; got {eps!r}")
 
 
+def at_least(fraction: float, number: int) -> int:
+    """So many make a fraction of a number: 7 make 0.07 of 100, though that product is a bit more."""
+    return math.ceil(fraction * number * (1 - 1e-12))
+
+
 def estimate_eps(gram: Gram) -> float:
     """The mass that has to go until nothing stands out against the middle of the spectrum.
 

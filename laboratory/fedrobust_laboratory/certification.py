@@ -121,15 +121,12 @@ class Plan(Textual):
         self, classifier: SmoothedClassifier, dataset: Dataset, x: Tensor, y: Tensor, which: list[int]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         adversary, limits = parse_adversary(self.attack), dataset.normalisation.limits
-        clean, x = (
-            x,
-            classifier.attacked(
-                x, y, adversary, self.m, naive=self.naive, limits=limits, seed=self.seed, ids=which
-            ),
+        found = classifier.attacked(
+            x, y, adversary, self.m, naive=self.naive, limits=limits, seed=self.seed, ids=which
         )
         if self.noise == "rounded":  # towards the image, so that none goes further than eps
-            x = clean + ((x - clean) * 255).trunc() / 255
-        label = classifier.predict(x, self.n, self.alpha, seed=self.seed, ids=which)
+            found = x + ((found - x) * 255).trunc() / 255
+        label = classifier.predict(found, self.n, self.alpha, seed=self.seed, ids=which)
         return label, np.full(len(label), adversary.eps)
 
 

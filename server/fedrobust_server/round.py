@@ -6,13 +6,14 @@ performs the actions. A refusal costs a client its turn, never the round.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
 from fedrobust_proto.v1.federation_pb2 import Status
+
+from fedrobust.rules.fraction import at_least
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def _open(state: State) -> tuple[State, Sequence[Action]]:
         return replace(state, phase=Phase.DONE), [Finish()]
     willing, needed = state.present - state.excluded, state.plan.needed
     if state.round:  # no few get a round to themselves because all others are gone for a moment
-        needed = max(_part(min(state.plan.quorum, 0.5), needed), 1)
+        needed = max(at_least(min(state.plan.quorum, 0.5), needed), 1)
     if state.awaited or len(willing) < needed:
         return replace(state, phase=Phase.WAITING), []
     number = state.round + 1
@@ -341,15 +342,10 @@ def _open(state: State) -> tuple[State, Sequence[Action]]:
 def _select(state: State, number: int) -> tuple[str, ...]:
     """A random sample of those who may be asked that depends on the seed and the round alone."""
     present = sorted(state.present - state.excluded)
-    count = _part(state.plan.sample, len(present))
+    count = at_least(state.plan.sample, len(present))
     rng = np.random.default_rng(np.random.SeedSequence(state.plan.seed, spawn_key=(2, number)))
     return tuple(sorted(rng.choice(present, size=count, replace=False).tolist()))
 
 
 def _quorum(state: State) -> int:
-    return _part(state.plan.quorum, len(state.selected))
-
-
-def _part(fraction: float, number: int) -> int:
-    """At least that fraction, in whole clients; 0.07 of 100 is 7, though the product is a bit more."""
-    return math.ceil(fraction * number * (1 - 1e-12))
+    return at_least(state.plan.quorum, len(state.selected))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from fedrobust_proto.v1 import federation_pb2 as pb
 from fedrobust_proto.v1 import vectors
 from fedrobust_server import lifeline
@@ -95,11 +96,15 @@ class Here:
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without Ray; and shards, which flush subnormal numbers, do so in this test only."""
+
     async def watch() -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(lifeline, "watch", watch)
+    yield
+    torch.set_flush_denormal(False)
 
 
 def coordinator(folder: RunFolder, config: RunConfig, **changes: Any) -> Coordinator:

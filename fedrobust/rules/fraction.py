@@ -57,8 +57,10 @@ def estimate_eps(gram: Gram) -> float:
 
     Source: ours; the third regime of the filter, with neither sigma nor eps known.
 
+    Where copies of rows leave no spectrum to read, which an attacker can bring about, half are assumed.
+
     Raises:
-        InputError: rows differ, but there are too few coordinates to read a spectrum off.
+        InputError: rows differ, but there are too few of them or of coordinates to read a spectrum off.
     """
     half = gram.assuming(_MOST)
     notes = Filter()(half).notes
@@ -66,9 +68,11 @@ def estimate_eps(gram: Gram) -> float:
     if threshold == 0:
         if notes["top_eigenvalue"] <= gram.rounding(gram.shares):  # rows that are all alike
             return 0.0
+        if gram.n >= 4 and (gram.width is None or gram.width >= half.f + 2):
+            return _MOST
         raise InputError(
-            f"eps cannot be estimated: the spectrum of {gram.n} rows that differ in so few directions "
-            "has no middle; name the malicious fraction"
+            f"eps cannot be estimated: the spectrum of {gram.n} rows of {gram.width} coordinates has no "
+            "middle; name the malicious fraction"
         )
     sigma = math.sqrt(threshold * _STANDS_OUT / 3 * (1 - 2 * _MOST))
     removed = Filter(sigma=sigma)(half).notes["removed"]

@@ -12,6 +12,8 @@ from fedrobust.rules.rule import Mixed, Weighting, weigh
 
 _FAR = 1e3
 """So many times the usual distance rows must be away before steps begin elsewhere than at the mean."""
+_MANY = 1000
+"""For more rows all distances are not worked out."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +56,7 @@ class GeometricMedian(Weighting):
         """Weigh the rows."""
         product, norms = gram.product(self.steps), gram.squared_norms
         weights, distances = gram.shares, np.zeros(gram.n)
-        if self.steps >= gram.n:
+        if gram.n <= min(self.steps, _MANY):
             weights = _near_most(gram)
         blur = 1e-8 * np.sqrt(norms)  # distances below this are rounding
         for _ in range(self.steps):

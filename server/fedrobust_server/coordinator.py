@@ -190,7 +190,10 @@ class Coordinator(Reception):
         self._suspects = ledger.suspects()
         self._state = machine.State(plan, excluded=self._suspects.excluded)
         self._standing, self._round = standing, _Round()
-        self._held: list[machine.Action] | None = []  # until the shards are as they were; then None
+        self._held = list[machine.Action]()
+        self._ready = (
+            asyncio.Event()
+        )  # set when the shards are as they were; until then actions are held
         if standing is not None:  # before any client can join
             self._round = _Round.of(standing)
             self._state, actions = machine.step(self._state, _resumed(standing))
@@ -228,8 +231,8 @@ class Coordinator(Reception):
         self._spawn(lifeline.watch())
         if self._standing is not None:
             await self._resume(self._standing)
-        held, self._held = self._held or [], None
-        self._perform(held)
+        self._ready.set()
+        self._perform(self._held)
         if self._state.phase is Phase.DONE:
             self._finish()
         try:
@@ -238,6 +241,7 @@ class Coordinator(Reception):
                 if last is not None:
                     await last
         finally:
+            self._ready.set()
             self._round.begun.set()
             for session in self._sessions.values():
                 session.offers.put_nowait(None)
@@ -344,12 +348,14 @@ class Coordinator(Reception):
             DeniedError: unknown session.
             LeavingError: the server stops before the run is over.
         """
-        client, current = self._session(header.session).client, self._round
+        client = self._session(header.session).client
         receipt = self._first_receipt(client, header.round, header.digest)
         if receipt is not None:
             return receipt
         if machine.turn_fault(self._state, client, header.round) is None:
-            await current.begun.wait()
+            await self._ready.wait()  # until then this is still the round before a resumed one
+            await self._round.begun.wait()
+        current = self._round
         if self._state.draining:
             raise LeavingError(_LEAVING)
         fault = machine.turn_fault(self._state, client, header.round)
@@ -485,12 +491,18 @@ class Coordinator(Reception):
             self._folding.stored(slot, ticket, start, values)
 
     def _happened(self, event: machine.Event) -> None:
+        waited = self._state.phase is Phase.WAITING
         self._state, actions = machine.step(self._state, event)
+        if self._state.round and self._state.phase is Phase.WAITING and not waited:
+            log.warning(
+                "too few clients are there to go on",
+                extra={"round": self._state.round, "here": len(self._state.present)},
+            )
         self._metrics.phase(self._state.phase)
         self._perform(actions)
 
     def _perform(self, actions: Sequence[machine.Action]) -> None:
-        if self._held is not None:
+        if not self._ready.is_set():
             self._held += actions
             return
         try:

@@ -323,7 +323,7 @@ def _open(state: State) -> tuple[State, Sequence[Action]]:
         return replace(state, phase=Phase.DONE), [Finish()]
     willing, needed = state.present - state.excluded, state.plan.needed
     if state.round:  # no few get a round to themselves because all others are gone for a moment
-        needed = max(at_least(min(state.plan.quorum, 0.5), needed), 1)
+        needed = at_least(min(state.plan.quorum, 0.5), max(needed - len(state.excluded), 1))
     if state.awaited or len(willing) < needed:
         return replace(state, phase=Phase.WAITING), []
     number = state.round + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ from fedrobust.training import Manifest, manifest, split_vector
 from fedrobust_server.config import RunConfig
 from fedrobust_server.ledger import Ledger, Standing
 from fedrobust_server.spool import Floats, Spool
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class RunFolder:
             with contextlib.closing(folder.ledger()) as ledger:
                 began = bool(ledger.rounds())
             if not began:
-                shutil.rmtree(folder.path, ignore_errors=True)  # the refusal is what is to be told
+                with contextlib.suppress(InputError), folder.held():  # nobody else's by now
+                    shutil.rmtree(folder.path, ignore_errors=True)  # the refusal is what is to be told
             raise
 
     @classmethod
@@ -98,15 +102,21 @@ class RunFolder:
         Raises:
             InputError: another server has it.
         """
-        with (self.path / "lock").open("a") as file:
+        try:
+            file = (self.path / "lock").open("a")
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(
-                    f"another server is at the run {self.path}; stop that one first"
-                ) from None
-            except OSError as error:
-                raise InputError(f"cannot lock {self.path / 'lock'}: {error.strerror}") from None
+                raise InputError(f"another server is at the run {self.path}; stop it first") from None
+            except OSError as error:  # storage without locks
+                log.warning(
+                    "%s cannot be locked (%s): see that no other server goes on with it",
+                    self.path,
+                    error.strerror,
+                )
             yield
 
     def ledger(self, *, sync: bool = False) -> Ledger:

@@ -59,6 +59,11 @@ def test_eps_that_cannot_be_estimated_is_not_zero() -> None:
         RobustMean("auto").fit(X)
     with pytest.raises(InputError, match="eps cannot be estimated"):
         aggregate(X[:50, :1], 'filter(eps="auto")')
+    with pytest.raises(InputError, match="eps cannot be estimated"):
+        aggregate(X[:3], 'filter(eps="auto")')
+    copied = np.random.default_rng(0).normal(size=(20, 200))
+    copied[11:] = copied[10]
+    assert off(copied, 9, 'filter(eps="auto")') < 4
     alike = aggregate(np.ones((5, 3)), 'filter(eps="auto")')
     np.testing.assert_allclose(np.asarray(alike.value), 1.0)
 

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -375,3 +376,31 @@ def test_a_run_has_one_server_at_a_time(tmp_path: Path) -> None:
         pass
     with folder.held():
         pass
+
+
+def test_a_run_that_is_refused_is_not_removed_under_another_server(tmp_path: Path) -> None:
+    config = RunConfig(task=Task(clients=2, model="softmax"))
+    folders = list[RunFolder]()
+
+    def refused() -> None:
+        with RunFolder.begun(tmp_path, config) as folder:
+            folders.append(folder)
+            others.enter_context(folder.held())
+            raise InputError("too late")
+
+    with ExitStack() as others:
+        with pytest.raises(InputError, match="too late"):
+            refused()
+        assert folders[0].path.is_dir()
+
+
+def test_storage_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    folder, _ = run_of(tmp_path, 2)
+    with folder.held():
+        assert "cannot be locked (No locks available)" in caplog.text

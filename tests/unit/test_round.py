@@ -110,6 +110,12 @@ def test_few_get_no_round_to_themselves_when_all_others_are_gone_for_a_moment() 
     assert step(state, machine.Joined("a"))[1] == [machine.Open(2, ("a", "c"))]
 
 
+def test_it_goes_on_without_those_that_are_excluded() -> None:
+    state, _ = joined("a", "b", "c")
+    state, _ = play(state, [*submitted("a", "b", "c"), machine.Excluded(frozenset("ab"))])
+    assert step(state, machine.Settled(1))[1] == [machine.Open(2, ("c",))]
+
+
 @pytest.mark.parametrize(("quorum", "clients", "needed"), [(0.07, 100, 7), (0.55, 100, 55), (0.5, 3, 2)])
 def test_a_quorum_is_no_more_than_it_says(quorum: float, clients: int, needed: int) -> None:
     names = [f"c{i:03}" for i in range(clients)]

@@ -179,9 +179,13 @@ def aggregate(  # noqa: PLR0913 (the front door)
     (array([0., 0.]), 'outliers removed')
     """
     aggregator = composition(rule)
-    _check(seed, anchors)
+    check_seed(seed)
+    if not isinstance(anchors, Mapping | None):
+        raise InputError(f"anchors must be a dict of rows by name, got {type(anchors).__name__}")
     table, names = tabulate(updates, reference), tuple(anchors or ())
     rows = LocalRows(with_anchors(table, anchors) if anchors else table.blocks)
+    if not rows.width:
+        raise InputError("the updates hold no values, so there is nothing to aggregate")
     matrix, squares = _first_pass(rows, aggregator, certified=certified, bfloat16=bfloat16)
     norms, own = np.split(np.sqrt(squares), [len(table.kept)])
     finite = np.flatnonzero(norms < LARGEST_NORM)
@@ -241,6 +245,7 @@ def aggregate_rows(
     Raises:
         InputError: as `aggregate`.
     """
+    check_seed(seed)
     return combine(rows, rule, gram_of(rows, shares, norms**2, seed, anchors), eps)
 
 
@@ -376,12 +381,6 @@ def check_seed(seed: object) -> None:
     """Raises InputError: it is none."""
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise InputError(f"seed must be a whole number, 0 or more, got {seed!r}")
-
-
-def _check(seed: object, anchors: object) -> None:
-    check_seed(seed)
-    if not isinstance(anchors, Mapping | None):
-        raise InputError(f"anchors must be a dict of rows by name, got {type(anchors).__name__}")
 
 
 def composition(rule: object) -> Aggregator:

@@ -55,9 +55,9 @@ def estimate_eps(gram: Gram) -> float:
     the estimate. An attack that does not stand out is not counted: the filter would let it pass with eps
     known, but a certificate for the estimate does not cover it.
 
-    Source: ours; the third regime of the filter, with neither sigma nor eps known.
-
     Where copies of rows leave no spectrum to read, which an attacker can bring about, half are assumed.
+
+    Source: ours; the third regime of the filter, with neither sigma nor eps known.
 
     Raises:
         InputError: rows differ, but there are too few of them or of coordinates to read a spectrum off.
@@ -71,8 +71,8 @@ def estimate_eps(gram: Gram) -> float:
         if gram.n >= 4 and (gram.width is None or gram.width >= half.f + 2):
             return _MOST
         raise InputError(
-            f"eps cannot be estimated: the spectrum of {gram.n} rows of {gram.width} coordinates has no "
-            "middle; name the malicious fraction"
+            f"eps cannot be estimated: {gram.n} rows have {gram.size(gram.shares)} eigenvalues, too few "
+            "to find what is usual among them; name the malicious fraction"
         )
     sigma = math.sqrt(threshold * _STANDS_OUT / 3 * (1 - 2 * _MOST))
     removed = Filter(sigma=sigma)(half).notes["removed"]

@@ -166,7 +166,8 @@ def read_log(path: Path) -> Log:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} has a line that is none of a certification log: {error}") from None
-    if not (wrong := log.radius[~(np.isfinite(log.radius) & (log.radius >= 0))]).size == 0:
+    wrong = log.radius[~(np.isfinite(log.radius) & (log.radius >= 0))]
+    if wrong.size:
         raise InputError(f"{path} has the radius {wrong[0]}; radii are finite and at least 0")
     return log
 

@@ -120,15 +120,14 @@ class _Tally:
         self.combined = True
         found["rounds_exceeded"] = float(result.verdict is Verdict.EXCEEDED)
         rogues = {client_name(i) for i in range(self.config.malicious)}
-        malicious = np.array([client in rogues for client in played.clients])
+        honest = np.array([client not in rogues for client in played.clients])
         if result.weights is not None:
-            found["malicious_weight"] = float(result.weights[malicious].sum())
-        if malicious.all():
+            found["malicious_weight"] = float(result.weights[~honest].sum())
+        if not honest.any():
             return
         if result.weights is not None:
-            lost = result.weights[~malicious] < 0.5 / len(malicious)
-            found["honest_lost"] = float(lost.mean())
-        rows = played.rows if not malicious.any() else played.rows[torch.from_numpy(~malicious)]
+            found["honest_lost"] = float((result.weights[honest] < 0.5 / len(honest)).mean())
+        rows = played.rows if honest.all() else played.rows[torch.from_numpy(honest)]
         centre = rows.mean(dim=0)
         spread = float((rows - centre).square().sum(dim=1).mean().sqrt())
         if not spread:  # one honest client, or clients that agree: there is no unit to measure in

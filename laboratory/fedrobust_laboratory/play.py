@@ -69,8 +69,7 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
         dataset: that its task names.
 
     Raises:
-        InputError: the task does not fit the dataset, the attack does not fit the task, or so many are
-            excluded that no further round begins.
+        InputError: the task does not fit the dataset, or the attack does not fit the task.
     """
     shared = Shared.of(config.task, dataset)
     if config.initial:
@@ -96,8 +95,6 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
         for event in events:
             state, actions = machine.step(state, event)
             waiting.extend(actions)
-    if state.phase is not machine.Phase.DONE:
-        raise InputError(f"after round {state.round} of {config.rounds} too few clients may be asked")
 
 
 @dataclass(frozen=True)

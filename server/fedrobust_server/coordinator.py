@@ -190,10 +190,8 @@ class Coordinator(Reception):
         self._suspects = ledger.suspects()
         self._state = machine.State(plan, excluded=self._suspects.excluded)
         self._standing, self._round = standing, _Round()
-        self._held = list[machine.Action]()
-        self._ready = (
-            asyncio.Event()
-        )  # set when the shards are as they were; until then actions are held
+        # Actions are held until the shards are as they were.
+        self._held, self._ready = list[machine.Action](), asyncio.Event()
         if standing is not None:  # before any client can join
             self._round = _Round.of(standing)
             self._state, actions = machine.step(self._state, _resumed(standing))

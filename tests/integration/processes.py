@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from fedrobust_clients import remote
 from fedrobust_clients.malicious import Threat
 from fedrobust_clients.runtime import Honest, Runtime
@@ -45,6 +46,15 @@ def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
             yield started
         finally:
             started.kill()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, for a minute at most."""
+    for _ in range(6000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it does not come to that")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine
 from typing import Any
 
 import grpc
@@ -99,14 +99,6 @@ async def refused(call: Awaitable[Any]) -> tuple[StatusCode, str]:
 
 async def drained(stream: AsyncIterator[Any]) -> int:
     return len([message async for message in stream])
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail("it does not come to that")
 
 
 def enrol(stub: FederationStub, name: str, token: bytes = b"") -> Any:

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from fedrobust_server.security import Security
 from fedrobust import InputError
 from fedrobust.training import Task
 
-from .processes import process
+from .processes import process, until
 from .test_door import BYTES, GOOD, chunk, enrol, header, requests, submit
 from .test_federation import model
 
@@ -99,14 +99,6 @@ async def stub(port: int, credentials: Credentials | None = None) -> AsyncIterat
 def accepted(doors: Doors) -> list[tuple[int, str]]:
     answers = doors.coordinator._ledger.answers()
     return [(a["round"], a["client"]) for a in answers if a["status"] == "ACCEPTED"]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail("it does not come to that")
 
 
 SLOW = [(1, 3), (2, 1), (2, 3), (3, 1)]

@@ -17,6 +17,7 @@ from fedrobust_server.keys import Authority
 from fedrobust_server.limits import Limits
 from grpc import StatusCode
 
+from .processes import until
 from .recorder import (
     CHUNK,
     accepted,
@@ -29,7 +30,6 @@ from .recorder import (
     mutual,
     refused,
     submit,
-    until,
 )
 
 

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from fedrobust import InputError
 
+from .processes import until
 from .recorder import (
     Recorder,
     certified,
@@ -27,7 +28,6 @@ from .recorder import (
     enrol,
     mutual,
     refused,
-    until,
 )
 
 

@@ -19,7 +19,7 @@ from fedrobust_server.keys import Authority
 from fedrobust_server.security import Security
 from grpc import StatusCode
 
-from .processes import COMMAND
+from .processes import COMMAND, until
 from .recorder import (
     CHUNK,
     by_token,
@@ -32,7 +32,6 @@ from .recorder import (
     refused,
     submit,
     token_of,
-    until,
 )
 
 PAST = datetime.now(UTC) - timedelta(days=10)

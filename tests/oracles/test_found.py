@@ -90,6 +90,12 @@ def test_the_geometric_median_forgets_rows_of_any_size_at_any_eps(n: int, f: int
     assert np.linalg.norm(value - honest.mean(axis=0)) <= 2 * (n - f) / (n - 2 * f) * furthest
 
 
+@pytest.mark.parametrize("rule", ["mean", "filter", "median"])
+def test_updates_without_any_values_are_refused(rule: str) -> None:
+    with pytest.raises(InputError, match="the updates hold no values"):
+        aggregate(np.zeros((3, 0)), rule)
+
+
 def test_a_tensor_without_values_is_nothing() -> None:
     offers = [
         Offer(i, {"w": np.full(30, i, np.float32), "e": np.zeros((0, 3), np.float32)}) for i in range(6)

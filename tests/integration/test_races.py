@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from fedrobust_proto.v1 import federation_pb2 as pb
-from fedrobust_proto.v1 import vectors
 from fedrobust_server import lifeline
 from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import Coordinator
@@ -33,7 +32,11 @@ from fedrobust import InputError
 from fedrobust.optimisers import parse_optimiser
 from fedrobust.training import Evaluation, Task
 
+from .processes import until
+from .test_door import Requests, chunk, header
+
 D = 60
+EVALUATION = Evaluation(0.5, 0.5)
 Vector = npt.NDArray[np.float32]
 
 
@@ -108,15 +111,15 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-def coordinator(folder: RunFolder, config: RunConfig, **changes: Any) -> Coordinator:
+def coordinator(
+    folder: RunFolder, config: RunConfig, evaluate: Callable[[Any], Evaluation] = lambda _: EVALUATION
+) -> Coordinator:
     """Of a new run, or of one that goes on."""
     state, shards, ledger = np.zeros((1, D), np.float32), Here(), folder.ledger()
     standing = ledger.standing(KEEPS_TURN)
     if standing is not None and not standing.closed:
         folder.check_spool(standing, D)
     shards.start(state)
-    parts: dict[str, Any] = {"evaluate": lambda _model: Evaluation(0.5, 0.5), **changes}
-    evaluate = parts.pop("evaluate")
     return Coordinator(
         config,
         (("w", (D,)),),
@@ -128,7 +131,6 @@ def coordinator(folder: RunFolder, config: RunConfig, **changes: Any) -> Coordin
         standing=standing,
         watch=lambda _report: None,
         metrics=Metrics(),
-        **parts,
     )
 
 
@@ -137,23 +139,15 @@ def run_of(tmp_path: Path, clients: int, **changes: Any) -> tuple[RunFolder, Run
     return RunFolder.create(tmp_path, config), config
 
 
-def update(session: bytes, number: int, vector: Vector, parts: int = 3) -> list[pb.SubmitRequest]:
-    data = bytes(vectors.pack(vector, pb.DTYPE_FLOAT32))
-    header = pb.SubmitHeader(
-        session=session,
-        round=number,
-        encoding=vectors.encoding(),
-        length=D,
-        digest=vectors.digest(memoryview(data)),
-        examples=1,
-    )
+def update(session: bytes, number: int, vector: Vector, parts: int = 3) -> Requests:
+    data = vector.tobytes()
     each = len(data) // parts
-    chunks = [pb.Chunk(offset=at, data=data[at : at + each]) for at in range(0, len(data), each)]
-    return [pb.SubmitRequest(header=header), *(pb.SubmitRequest(chunk=chunk) for chunk in chunks)]
+    chunks = [chunk(at, data[at : at + each]) for at in range(0, len(data), each)]
+    return [header(session, number, vector), *chunks]
 
 
 async def stream(
-    messages: list[pb.SubmitRequest], gate: asyncio.Event | None = None, shut: int = 0
+    messages: Requests, gate: asyncio.Event | None = None, shut: int = 0
 ) -> AsyncIterator[pb.SubmitRequest]:
     """These messages; those after so many when the gate is open."""
     for at, message in enumerate(messages):
@@ -175,14 +169,6 @@ async def enter(where: Reception, name: str, heard: list[asyncio.Task[None]]) ->
     heard.append(asyncio.ensure_future(listen()))
     await asyncio.sleep(0)
     return session
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(4000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    pytest.fail("it does not come to that")
 
 
 async def leave(*tasks: asyncio.Task[Any]) -> None:
@@ -351,7 +337,7 @@ def test_rounds_wait_for_models_to_be_judged(tmp_path: Path) -> None:
     def evaluate(_model: Any) -> Evaluation:
         time.sleep(0.05)
         judged.append(1)
-        return Evaluation(0.5, 0.5)
+        return EVALUATION
 
     async def scenario() -> None:
         server, heard = coordinator(folder, config, evaluate=evaluate), list[asyncio.Task[None]]()

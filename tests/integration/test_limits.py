@@ -16,6 +16,8 @@ from fedrobust_server.gateway import SERVICE, Listening
 from fedrobust_server.keys import Authority
 from fedrobust_server.limits import Limits
 from grpc import StatusCode
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from .processes import until
 from .recorder import (
@@ -93,7 +95,7 @@ def test_an_address_has_so_many_calls_that_do_not_say_whose_they_are() -> None:
             for code, why in (await one_too_many, await refused(enrol(stub, "late"))):
                 assert code == StatusCode.RESOURCE_EXHAUSTED
                 assert why.startswith("ipv4:127.0.0.1 has 3 calls that have not said whose they are")
-            assert (await enrol(elsewhere, "elsewhere")).session
+            assert (await enrol(FederationStub(elsewhere), "elsewhere")).session
             waiting.pop().cancel()
             await accepted(stub, session)
             for call in (*waiting, *rounds):
@@ -102,9 +104,28 @@ def test_an_address_has_so_many_calls_that_do_not_say_whose_they_are() -> None:
     asyncio.run(scenario())
 
 
+def test_no_address_takes_all_health_checks() -> None:
+    async def scenario() -> None:
+        async with (
+            door(limits=Limits(strangers=4)) as (_, listening),
+            open_channel(f"127.0.0.1:{listening.port}", None) as channel,
+            from_another_address(listening) as elsewhere,
+        ):
+            asked = HealthCheckRequest()
+            watches = [HealthStub(channel).Watch(asked) for _ in range(2)]
+            for watch in watches:
+                await watch.read()
+            assert (await refused(HealthStub(channel).Check(asked)))[0] == StatusCode.RESOURCE_EXHAUSTED
+            assert (await HealthStub(elsewhere).Check(asked)).status == HealthCheckResponse.SERVING
+            for watch in watches:
+                watch.cancel()
+
+    asyncio.run(scenario())
+
+
 @contextlib.asynccontextmanager
-async def from_another_address(listening: Listening) -> AsyncIterator[FederationStub]:
-    """A client that the server sees at 127.0.0.2."""
+async def from_another_address(listening: Listening) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel that the server sees at 127.0.0.2."""
 
     over = asyncio.Event()
 
@@ -125,7 +146,7 @@ async def from_another_address(listening: Listening) -> AsyncIterator[Federation
     async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         async with open_channel(f"127.0.0.1:{port}", None) as channel:
-            yield FederationStub(channel)
+            yield channel
         await over.wait()
 
 

@@ -294,6 +294,38 @@ def test_an_update_that_ends_while_the_server_stops_may_come_again(tmp_path: Pat
     assert (set(standing.accepted), standing.failed, standing.closed) == ({"a"}, frozenset(), False)
 
 
+def test_who_comes_early_to_a_resumed_server_waits_for_the_right_round(tmp_path: Path) -> None:
+    folder, config = run_of(tmp_path, 1, rounds=2, rule="mean", deadline=60.0)
+
+    async def first() -> None:
+        server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        session = await enter(server, "a", heard)
+        await until(server._round.begun.is_set)
+        await asyncio.gather(server.submit(stream(update(session, 1, honest("a")))), leave(*heard))
+        await until(lambda: bool(folder.ledger().rounds()[0]["closed"]))
+        await leave(running)
+        server._ledger.close()
+
+    def slowly(_model: Any) -> Evaluation:
+        time.sleep(0.3)
+        return EVALUATION
+
+    async def then() -> None:
+        server, heard = coordinator(folder, config, slowly), list[asyncio.Task[None]]()
+        assert server._standing is not None
+        assert server._standing.closed
+        running = asyncio.ensure_future(server.run())
+        session = await enter(server, "a", heard)
+        early = server.submit(stream(update(session, 2, honest("b"))))
+        assert (await asyncio.wait_for(early, 10)).status == pb.STATUS_ACCEPTED
+        await running
+        await leave(*heard)
+
+    asyncio.run(first())
+    asyncio.run(then())
+
+
 def test_a_fault_at_a_deadline_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, config = run_of(tmp_path, 2, deadline=0.2, quorum=1.0)
 

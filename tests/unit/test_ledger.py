@@ -79,6 +79,17 @@ def test_whoever_lost_its_turn_before_many_more_refusals_has_lost_it_after_a_res
     ledger.close()
 
 
+def test_who_came_for_the_wrong_round_has_its_turn_after_a_restart(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.open_round(1, ["a", "b", "c"])
+    for client, status in (("a", "WRONG_ROUND"), ("b", "NOT_SELECTED"), ("c", "EXCLUDED")):
+        ledger.answer(Answer(1, client, status, ""))
+    standing = ledger.standing(KEEPS_TURN)
+    assert standing is not None
+    assert not standing.failed
+    ledger.close()
+
+
 def test_a_refusal_that_cannot_be_recorded_is_not_counted(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.open_round(1, ["a"])

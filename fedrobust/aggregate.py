@@ -186,21 +186,19 @@ def aggregate(  # noqa: PLR0913 (the front door)
     rows = LocalRows(with_anchors(table, anchors) if anchors else table.blocks)
     if not rows.width:
         raise InputError("the updates hold no values, so there is nothing to aggregate")
+    if names:
+        _check_anchors(rows, names)
     matrix, squares = _first_pass(rows, aggregator, certified=certified, bfloat16=bfloat16)
-    norms, own = np.split(np.sqrt(squares), [len(table.kept)])
+    norms = np.sqrt(squares)
     finite = np.flatnonzero(norms < LARGEST_NORM)
-    for name, norm in zip(names, own, strict=True):
-        if not norm < LARGEST_NORM:
-            raise InputError(f"the anchor {name!r} has norm {norm:.3g}, more than {LARGEST_NORM:.0g}")
     kept = [table.kept[i] for i in finite]
     refused = table.refused | {table.kept[i]: reason for i, reason in unsound(norms).items()}
     n = len(table.kept) + len(table.refused)
     if not kept:
         raise InputError(f"none of the {n} updates is usable; the first {refused[0]}")
     if len(finite) < len(norms):
-        chosen = np.array([*finite, *range(len(norms), len(norms) + len(names))])
-        rows = LocalRows(tuple(block.select(chosen.tolist()) for block in rows.blocks))
-        matrix, squares = None if matrix is None else matrix[np.ix_(chosen, chosen)], squares[chosen]
+        rows = LocalRows(tuple(block.select(finite.tolist()) for block in rows.blocks))
+        matrix, squares = None if matrix is None else matrix[np.ix_(finite, finite)], squares[finite]
     gram = gram_of(
         rows,
         _masses(shares, n)[kept],
@@ -231,13 +229,13 @@ def aggregate_rows(
     """The robust mean of rows that may be remote; `aggregate` without its door.
 
     Args:
-        rows: n finite rows, and after them the anchors.
+        rows: n finite rows.
         rule: as for `aggregate`.
-        shares: (n,) non-negative mass of the clients' rows; normalised here.
-        norms: (n + a,) lengths of all rows, measured from the reference.
+        shares: (n,) non-negative mass of the rows; normalised here.
+        norms: (n,) lengths of the rows, measured from the reference.
         eps: as for `aggregate`.
         seed: as for `aggregate`.
-        anchors: names of the last a rows, which are the server's own.
+        anchors: names of the blocks' anchors, in their order.
 
     Returns:
         An `Aggregated` whose value is what `rows.map` returns.
@@ -263,13 +261,13 @@ def gram_of(
     """The statistic of rows that may be remote; no pass is made before a rule asks.
 
     Args:
-        rows: n finite rows, and after them the anchors.
-        shares: (n,) non-negative mass of the clients' rows; normalised here.
-        squares: (n + a,) squared norms of all rows, measured from the reference.
+        rows: n finite rows.
+        shares: (n,) non-negative mass of the rows; normalised here.
+        squares: (n,) squared norms of the rows, measured from the reference.
         seed: for rules that draw.
-        anchors: names of the last a rows, which are the server's own.
+        anchors: names of the blocks' anchors, in their order.
         certified: whether the certificate, which needs the whole matrix, will be asked for.
-        matrix: (n + a, n + a) inner products, if they are at hand.
+        matrix: (n, n) inner products, if they are at hand.
         precision: of inner products, in units of the rows' lengths.
 
     Raises:
@@ -294,9 +292,8 @@ def gram_of(
         eps=DEFAULT_EPS,
         seed=seed,
         anchors=anchors,
-        count_signs=lambda mixing: rows.sum(
-            partial(kernels.sign_counts, matrix=_beside(mixing, anchors))
-        ),
+        beside=lambda: rows.sum(kernels.beside_anchors),
+        count_signs=lambda mixing: rows.sum(partial(kernels.sign_counts, matrix=mixing)),
         multiply=multiply if without else None,
         ending=ending,
         norms=squares,
@@ -315,7 +312,7 @@ def combine(
     """What a rule makes of rows that may be remote, given their statistic.
 
     Args:
-        rows: n finite rows, and after them the anchors.
+        rows: n finite rows.
         rule: as for `aggregate`.
         gram: their statistic, as `gram_of` makes it.
         eps: as for `aggregate`.
@@ -339,19 +336,25 @@ def combine(
                 if verdict is Verdict.NOT_JUDGED:
                     gone = int(np.count_nonzero(gram.shares) - np.count_nonzero(weights))
                     verdict = judge(gram, kept, gone)
-    matrix = np.eye(gram.n) if decision.matrix is None and gram.anchors else decision.matrix
-    everything = None if matrix is None else _beside(matrix, gram.anchors)
-    value = rows.map(partial(kernels.mix_and_reduce, matrix=everything, reducer=decision.reducer))
+    value = rows.map(partial(kernels.mix_and_reduce, matrix=decision.matrix, reducer=decision.reducer))
     return Aggregated(value, weights, decision.scores, verdict, certificate, decision.notes)
+
+
+def _check_anchors(rows: LocalRows, names: tuple[str, ...]) -> None:
+    """Raises InputError: one of the blocks' anchors is too long."""
+    norms = np.sqrt(rows.sum(lambda b: kernels.squared_norms(Block(b.anchors, b.reference))))
+    for name, norm in zip(names, norms, strict=True):
+        if not norm < LARGEST_NORM:
+            raise InputError(f"the anchor {name!r} has norm {norm:.3g}, more than {LARGEST_NORM:.0g}")
 
 
 def _first_pass(
     rows: LocalRows, aggregator: Aggregator, *, certified: bool, bfloat16: bool
 ) -> tuple[Matrix | None, Vector]:
-    """The inner products, if they will be needed in any case, and the squared norms of all rows."""
+    """The inner products, if they will be needed in any case, and the rows' squared norms."""
     weighs = not isinstance(aggregator.rules[-1], CoordinateWise)
     n = rows.blocks[0].n
-    needed = (weighs and (certified or bfloat16)) or len(aggregator.rules) > 1
+    needed = (weighs and certified) or (bfloat16 and (weighs or len(aggregator.rules) > 1))
     if n <= min(rows.width, LARGEST_MATRIX) and needed:
         matrix = rows.sum(partial(kernels.gram, bfloat16=bfloat16))
         return matrix, np.asarray(np.diag(matrix))
@@ -370,11 +373,6 @@ def unsound(norms: Vector) -> dict[int, str]:
 def precision(dtypes: Sequence[torch.dtype]) -> float:
     """Of inner products of rows whose coordinates have these dtypes, in units of the rows' lengths."""
     return FLOAT64 if all(dtype == torch.float64 for dtype in dtypes) else FLOAT32
-
-
-def _beside(matrix: Matrix, anchors: tuple[str, ...]) -> Matrix:
-    """A mixing of the clients' rows as one of all rows: the anchors after them have no weight."""
-    return np.pad(matrix, ((0, 0), (0, len(anchors))))
 
 
 def check_seed(seed: object) -> None:

@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import block_diag, eigh_tridiagonal
+from scipy.linalg import eigh_tridiagonal
 
 from fedrobust.errors import InputError
-from fedrobust.kernels import Matrix, Vector
+from fedrobust.kernels import Matrix, Vector, stretches
 
 __all__ = ["Gram"]
 
 Product = Callable[[Matrix], Matrix]
-"""(n + a, k) V -> (n + a, k) G V."""
+"""(n, k) V -> (n, k) G V."""
 
 LARGEST_MATRIX = 20_000
 """More rows than this (a matrix of 3.2 GB), and it is not formed."""
@@ -39,21 +39,23 @@ class Gram:
     """Inner products of n rows about the server's reference, and what is known of the rows.
 
     Attributes:
-        compute: gives the (n + a, n + a) float64 matrix of the rows and, after them, the a anchors;
-            called once, and only if a rule needs it.
+        compute: gives the (n, n) float64 matrix; called once, and only if a rule needs it.
         shares: (n,) mass of each row, sum 1.
         eps: mass that may be malicious, 0 <= eps < 1/2.
         seed: for rules that draw; the caller changes it from round to round.
-        anchors: names of the rows that are the server's own; they have no share and no weight.
+        anchors: names of the a rows of the server's own that stand beside the others; they have no
+            share and no weight.
+        beside: gives the (n + a, a) float64 inner products of the rows, and after them the anchors, with
+            the anchors; called once, and only if a rule needs it.
         count_signs: gives `kernels.sign_counts` of the rows mixed by a (k, n) matrix; another pass
             over the coordinates. None where the caller cannot look at the rows again.
         ending: gives the statistic of the same rows, of so many of their last coordinates; another pass
             over those. None where the caller cannot look at the rows again.
-        factor: (n + a, r) float64, r < n, any F with F F^T the matrix: the rows themselves, if they have
+        factor: (n, r) float64, r < n, any F with F F^T the matrix: the rows themselves, if they have
             fewer coordinates than there are rows. Then the matrix is formed only if asked for.
         multiply: products with the matrix without the matrix, each a pass over the rows; None where
             the matrix is at hand, or will be needed anyway.
-        norms: (n + a,) squared norms of all rows where they are known without the matrix.
+        norms: (n,) squared norms of the rows where they are known without the matrix.
         precision: the error of an inner product, in units of the two rows' lengths.
         width: how many coordinates a row has, where that is known: there are no more eigenvalues.
     """
@@ -63,6 +65,7 @@ class Gram:
     eps: float
     seed: int = 0
     anchors: tuple[str, ...] = ()
+    beside: Callable[[], Matrix] | None = None
     count_signs: Callable[[Matrix], Matrix] | None = None
     ending: Callable[[int], Gram] | None = None
     factor: Matrix | None = None
@@ -72,8 +75,8 @@ class Gram:
     width: int | None = None
 
     @cached_property
-    def extended(self) -> Matrix:
-        """(n + a, n + a) float64, symmetric: with the anchors.
+    def matrix(self) -> Matrix:
+        """(n, n) float64, symmetric.
 
         Raises:
             InputError: there are so many rows that it would not fit into memory.
@@ -86,11 +89,6 @@ class Gram:
         if self.factor is not None:
             return np.asarray(self.factor @ self.factor.T)
         return self.compute()
-
-    @property
-    def matrix(self) -> Matrix:
-        """(n, n) float64, symmetric."""
-        return self.extended[: self.n, : self.n]
 
     @property
     def n(self) -> int:
@@ -108,18 +106,12 @@ class Gram:
         This is where it is decided, for all rules, whether the matrix is formed.
         """
         if self.factor is not None:
-            rows = self.factor[: self.n]
+            rows = self.factor
             return lambda vectors: np.asarray(rows @ (rows.T @ vectors))
         if self.multiply is None or not self._without_matrix(times):
             return lambda vectors: np.asarray(self.matrix @ vectors)
-        multiply, own = self.multiply, len(self.anchors)
-
-        def by_passes(vectors: Matrix) -> Matrix:
-            columns = vectors.reshape(self.n, -1)
-            found = multiply(np.pad(columns, ((0, own), (0, 0))))[: self.n]
-            return found.reshape(vectors.shape)
-
-        return by_passes
+        multiply = self.multiply
+        return lambda vectors: multiply(vectors.reshape(self.n, -1)).reshape(vectors.shape)
 
     def _without_matrix(self, times: int) -> bool:
         """Whether so many passes over the rows cost less than the matrix.
@@ -127,17 +119,16 @@ class Gram:
         Forming it takes about 3 + n / 20 times as long as reading the rows once, a product twice as long
         (measured: docs/benchmarks.md, kernels).
         """
-        formed = "extended" in vars(self)
+        formed = "matrix" in vars(self)
         return not formed and (self.n > LARGEST_MATRIX or 2 * times < 3 + self.n / 20)
 
     @cached_property
     def squared_norms(self) -> Vector:
         """(n,) squared distances of the rows from the reference."""
-        if self.norms is not None and "extended" not in vars(self):
-            return self.norms[: self.n]
+        if self.norms is not None and "matrix" not in vars(self):
+            return self.norms
         if self.factor is not None:
-            rows = self.factor[: self.n]
-            return np.asarray(np.einsum("ij,ij->i", rows, rows))
+            return np.asarray(np.einsum("ij,ij->i", self.factor, self.factor))
         # Mixed rows may cancel out, and leave a rounding error below zero.
         return np.asarray(np.maximum(np.diag(self.matrix), 0.0))
 
@@ -152,18 +143,17 @@ class Gram:
         Raises:
             InputError: there is no such row.
         """
-        if name not in self.anchors:
+        if name not in self.anchors or self.beside is None:
             raise InputError(
                 f"the rule needs a row of the server's own: aggregate(..., anchors={{{name!r}: ...}})"
             )
-        at = self.n + self.anchors.index(name)
-        if self.factor is not None:
-            column = self.factor @ self.factor[at]
-        elif self.multiply is not None and self._without_matrix(1):
-            column = self.multiply(np.eye(self.n + len(self.anchors))[:, [at]])[:, 0]
-        else:
-            column = self.extended[:, at]
-        return column[: self.n], float(column[at])
+        at = self.anchors.index(name)
+        column = self._beside_anchors[:, at]
+        return column[: self.n], float(column[self.n + at])
+
+    @cached_property
+    def _beside_anchors(self) -> Matrix:
+        return np.empty((self.n, 0)) if self.beside is None else self.beside()
 
     @cached_property
     def signs(self) -> Matrix:
@@ -326,14 +316,20 @@ class Gram:
             shares: (k,) mass of the mixed rows.
             eps: mass of the mixed rows that may be malicious.
         """
-        whole = block_diag(matrix, np.eye(len(self.anchors))) if self.anchors else matrix
         count, ending = self.count_signs, self.ending
-        multiply, factor = self.multiply, self.factor
-        mixed = None if factor is None else whole @ factor
+        multiply, factor, norms = self.multiply, self.factor, self.norms
+        if norms is not None:
+            own = stretches(matrix)
+            norms = None if own is None else self.squared_norms * own**2
+        mixed = None if factor is None else matrix @ factor
 
         def compute() -> Matrix:
-            seen = whole @ self.extended @ whole.T
+            seen = matrix @ self.matrix @ matrix.T
             return np.asarray((seen + seen.T) / 2)  # rounding must not give a pair two distances
+
+        def beside() -> Matrix:
+            rows, own = np.split(self._beside_anchors, [self.n])
+            return np.vstack([matrix @ rows, own])
 
         return Gram(
             compute=compute if mixed is None else lambda: np.asarray(mixed @ mixed.T),
@@ -341,10 +337,12 @@ class Gram:
             eps=eps,
             seed=self.seed,
             anchors=self.anchors,
+            beside=beside,
             count_signs=None if count is None else lambda mixing: count(mixing @ matrix),
             ending=None if ending is None else lambda k: ending(k).through(matrix, shares, eps),
             factor=mixed if mixed is not None and mixed.shape[1] < len(shares) else None,
-            multiply=None if multiply is None else lambda v: np.asarray(whole @ multiply(whole.T @ v)),
+            multiply=None if multiply is None else lambda v: np.asarray(matrix @ multiply(matrix.T @ v)),
+            norms=norms,
             precision=self.precision,
             width=self.width,
         )
@@ -356,7 +354,7 @@ class Gram:
 
     def assuming(self, eps: float) -> Gram:
         """The same rows with another mass that may be malicious."""
-        return replace(self, compute=lambda: self.extended, eps=eps)
+        return replace(self, compute=lambda: self.matrix, beside=lambda: self._beside_anchors, eps=eps)
 
 
 def most_malicious(shares: Vector, eps: float) -> int:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -58,10 +58,12 @@ class Block:
     Attributes:
         rows: (n, c) tensor, or n tensors of shape (c,); any floating dtype, one device.
         reference: (c,), the point that rows are measured from; None is the origin.
+        anchors: (c,) each, rows of the server's own that stand beside the others.
     """
 
     rows: Tensor | Sequence[Tensor]
     reference: Tensor | None = None
+    anchors: tuple[Tensor, ...] = ()
 
     @property
     def n(self) -> int:
@@ -91,13 +93,14 @@ class Block:
 
     def select(self, keep: Sequence[int]) -> Block:
         """The same coordinates of some rows, without copying them."""
-        return Block([self.rows[i] for i in keep], self.reference)
+        return replace(self, rows=[self.rows[i] for i in keep])
 
     def ending(self, width: int) -> Block:
         """The last so many of the coordinates, without copying them."""
         start = self.width - width
         rows = self.rows[:, start:] if isinstance(self.rows, Tensor) else [r[start:] for r in self.rows]
-        return Block(rows, None if self.reference is None else self.reference[start:])
+        reference = None if self.reference is None else self.reference[start:]
+        return Block(rows, reference, tuple(anchor[start:] for anchor in self.anchors))
 
     def tile(self, columns: slice, room: Tensor | None = None) -> Tensor:
         """(n, width) float32 or float64: those columns, from the reference; a view if it can be.
@@ -159,13 +162,14 @@ def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
     """
 
     def multiply(part: Tensor) -> Tensor:
-        found = (part @ part.T).double()
+        found = _lower(part)
         wild = _wild(found.diagonal())
         return _mended(found, part, wild) if len(wild) else found
 
     with _bfloat16() if bfloat16 else nullcontext():
         total = _total((block,), multiply)
-    return total / 2 + total.T / 2
+    lower = np.tril(total)
+    return np.asarray(lower + np.tril(total, -1).T)
 
 
 def cross(block: Block, fresh: Block) -> Matrix:
@@ -187,6 +191,12 @@ def cross(block: Block, fresh: Block) -> Matrix:
         return found
 
     return _total((block, fresh), multiply)
+
+
+def beside_anchors(block: Block) -> Matrix:
+    """(n + a, a) float64 inner products of the rows, and after them the anchors, with the anchors."""
+    anchors = Block(block.anchors, block.reference)
+    return np.vstack([cross(block, anchors), gram(anchors)])
 
 
 def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
@@ -257,13 +267,15 @@ def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None)
         used = np.flatnonzero(matrix.any(axis=0))
         if 0 < 2 * len(used) <= block.n:  # few rows: reading only those beats reading all of them
             block, matrix = block.select(list(used)), matrix[:, used]
-    weights = None if matrix is None else torch.from_numpy(matrix).to(block.device)
+    own = None if matrix is None else stretches(matrix)
+    mixing = matrix if own is None else own[:, None]
+    weights = None if mixing is None else torch.from_numpy(mixing).to(block.device)
     result = torch.empty(block.width, dtype=block.dtype, device=block.device)
 
     def work(columns: slice) -> None:
         part = block.tile(columns)
         if weights is not None:
-            part = _mixed(part, weights.to(part))
+            part = _mixed(part, weights.to(part)) if own is None else part * weights.to(part)
         value = part[0] if reducer is None else reducer(part)
         if block.reference is not None:
             value = value + block.reference[columns].to(value)
@@ -278,6 +290,28 @@ def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None)
 
     _stretches(block, stretch)
     return result
+
+
+def stretches(matrix: Matrix) -> Vector | None:
+    """(n,) lengths that a mixing brings rows to, each times its own; None if it does more than that."""
+    own = matrix.diagonal().copy()
+    square = matrix.shape == (len(own), len(own))
+    return own if square and np.count_nonzero(matrix) == np.count_nonzero(own) else None
+
+
+def _lower(part: Tensor) -> Tensor:
+    """(n, n) float64 inner products of a tile's rows, on the diagonal and below it.
+
+    Bands of rows times those up to their end: a matrix product does not know that half of it is enough.
+    Bands of fewer rows would be slower for it.
+    """
+    n = len(part)
+    bands = min(4, max(1, n // 100))
+    edges = [n * i // bands for i in range(bands + 1)]
+    found = torch.zeros(n, n, dtype=torch.float64, device=part.device)
+    for start, stop in itertools.pairwise(edges):
+        found[start:stop, :stop] = part[start:stop] @ part[:stop].T
+    return found
 
 
 def _against(part: Tensor, new: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -112,7 +112,7 @@ def tabulate(updates: Tree, reference: Tree = None) -> Table:
 
 
 def with_anchors(table: Table, anchors: Mapping[str, Tree]) -> tuple[Block, ...]:
-    """The table's blocks with the server's own rows after the clients'.
+    """The table's blocks with the server's own rows beside the clients'.
 
     Raises:
         InputError: one of them is not finite, or not of the form of the updates.
@@ -126,8 +126,8 @@ def with_anchors(table: Table, anchors: Mapping[str, Tree]) -> tuple[Block, ...]
     floating = [path for path, leaf in model.items() if leaf.is_floating_point()]
     blocks = []
     for path, block in zip(floating, table.blocks, strict=True):
-        own = [row[path].to(block.rows[0]).reshape(-1) for row in _wellformed(read.values())]
-        blocks.append(Block([*block.rows, *own], block.reference))
+        own = (row[path].to(block.rows[0]).reshape(-1) for row in _wellformed(read.values()))
+        blocks.append(replace(block, anchors=tuple(own)))
     return tuple(blocks)
 
 

@@ -142,8 +142,9 @@ class Rehearsal:
 
     def _decide(self, clients: Matrix) -> Decision:
         anchors = () if self.root is None else ("root",)
-        every = np.vstack([clients, np.eye(len(self.vectors))[len(self.vectors) - len(anchors) :]])
-        rows = every @ self.points
+        own = np.eye(len(self.vectors))[len(self.vectors) - len(anchors) :]
+        every = np.vstack([clients, own])
+        rows, root = clients @ self.points, own @ self.points
 
         seen = partial(
             Gram,
@@ -152,10 +153,16 @@ class Rehearsal:
             seed=self.seed,
             anchors=anchors,
         )
+
+        def ending(count: int) -> Gram:
+            inner = self._last(count)
+            return seen(lambda: clients @ inner @ clients.T, beside=lambda: every @ inner @ own.T)
+
         gram = seen(
             lambda: rows @ rows.T,
-            count_signs=partial(_count_signs, rows[: len(clients)]),
-            ending=lambda count: seen(lambda: every @ self._last(count) @ every.T),
+            beside=lambda: np.vstack([rows, root]) @ root.T,
+            count_signs=partial(_count_signs, rows),
+            ending=ending,
             width=len(self.vectors[0]),
         )
         return self.rule(assume(gram, self.eps))

@@ -321,6 +321,9 @@ def signguard(X: Matrix, f: int) -> Vector:
     if bandwidth == 0:
         raise InputError("the paper does not say how wide to look where half of the rows are alike")
     labels = MeanShift(bandwidth=bandwidth).fit(features).labels_
+    for nearly in (bandwidth * (1 - 1e-9), bandwidth * (1 + 1e-9)):
+        if (MeanShift(bandwidth=nearly).fit(features).labels_ != labels).any():
+            raise InputError("rows a bandwidth apart: rounding decides whether they are together")
     counts = [sum(labels == k) for k in range(max(labels) + 1)]
     if counts.count(max(counts)) > 1:
         raise InputError("the paper does not say which of two largest clusters")

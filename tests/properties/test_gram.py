@@ -49,7 +49,7 @@ def gram_of(X: Matrix, dtype: Any = np.float64, reference: Matrix | None = None)
     return Gram(lambda: kernels.gram(block), shares(len(X)), 0.2)
 
 
-@pytest.mark.parametrize(("n", "d"), [*SHAPES, (3, 300_000)])
+@pytest.mark.parametrize(("n", "d"), [*SHAPES, (3, 300_000), (431, 90)])
 @pytest.mark.parametrize(("dtype", "precision"), [(np.float64, 1e-12), (np.float32, 1e-6)])
 def test_inner_products_and_distances(n: int, d: int, dtype: Any, precision: float) -> None:
     X = rows(n, d).astype(dtype).astype(float)
@@ -106,8 +106,11 @@ def test_f_is_the_floor_of_eps_n(n: int, eps: float, f: int) -> None:
 @pytest.mark.parametrize(
     "extreme", [[1e30, 1e30], [1e-30, 1e-30], [1e30, 1e-30], [1e-20, 1e19], [3e38, 1e-38]]
 )
-def test_a_row_of_any_size_leaves_the_others_entries_alone(dtype: Any, extreme: list[float]) -> None:
-    X = rows(10, 60).astype(dtype)
+@pytest.mark.parametrize("n", [10, 310])
+def test_a_row_of_any_size_leaves_the_others_entries_alone(
+    dtype: Any, extreme: list[float], n: int
+) -> None:
+    X = rows(n, 60).astype(dtype)
     X[:2] *= np.array(extreme, dtype)[:, None] / np.abs(X[:2]).max(axis=1, keepdims=True)
     exact = X.astype(np.longdouble)
     lengths = np.sqrt((exact**2).sum(1))

@@ -141,7 +141,7 @@ class Gram:
         """(n,) inner products of the rows with one of the server's own, and its squared norm.
 
         Raises:
-            InputError: there is no such row.
+            InputError: there is no such row, or it is not finite.
         """
         if name not in self.anchors or self.beside is None:
             raise InputError(
@@ -149,6 +149,8 @@ class Gram:
             )
         at = self.anchors.index(name)
         column = self._beside_anchors[:, at]
+        if not np.isfinite(column).all():
+            raise InputError(f"the server's own row {name!r} holds values that are not finite")
         return column[: self.n], float(column[self.n + at])
 
     @cached_property

@@ -6,7 +6,7 @@ train; what is left at the deadline is the n x n rule and one weighted sum.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -235,6 +235,7 @@ class RunningAggregate:
         seed: int = 0,
         *,
         shares: Sequence[float] | Vector | None = None,
+        anchors: Mapping[str, Tree] | None = None,
         certified: bool = True,
     ) -> Aggregated:
         """The robust mean of the rows that are whole; more may arrive afterwards.
@@ -258,7 +259,8 @@ class RunningAggregate:
         kept = [i for i in range(n) if i not in refused]
         if not kept:
             raise InputError(f"none of the {n} rows is whole and finite")
-        block = Block(self._rows[:n])
+        own = tuple(self._own(name, tree) for name, tree in (anchors or {}).items())
+        block = Block(self._rows[:n], anchors=own)
         rows = LocalRows((block if len(kept) == n else block.select(kept),))
         inner = self._inner[np.ix_(kept, kept)]
         gram = gram_of(
@@ -266,6 +268,7 @@ class RunningAggregate:
             masses[kept],
             squares[kept],
             seed,
+            tuple(anchors or ()),
             certified=certified,
             matrix=(inner + inner.T) / 2,
             precision=precision([self._rows.dtype]),
@@ -280,6 +283,12 @@ class RunningAggregate:
         counters = [lower_median([self._counters[row][i] for row in kept]) for i in range(len(counts))]
         whole = rebuild(self._like, parts, counters)
         return result.over(n, kept, whole, dict(sorted(refused.items())))
+
+    def _own(self, name: str, tree: Tree) -> Tensor:
+        """(d,) a row of the server's own, measured from the reference."""
+        leaves, _ = _fitted(tree, self._like, f"anchor {name!r}")
+        row = torch.cat([leaf.to(self._rows.dtype) for leaf in leaves])
+        return row if self._reference is None else row - self._reference
 
     def _piece(self, values: Values) -> Tensor:
         vector = torch.as_tensor(values)

@@ -41,7 +41,8 @@ class Rehearsal:
         rule: how the server aggregates.
         eps: the malicious fraction that the rule assumes.
         seed: of the server's own draws in this round.
-        root: (d,) the server's own row, if the rule looks at one.
+        root: (d,) the server's own row, the last of the vectors then. Where the rule looks at one that
+            the coalition does not know, it takes the honest mean for it.
     """
 
     vectors: tuple[Tensor, ...]
@@ -141,8 +142,9 @@ class Rehearsal:
         return np.vstack([self._each(coefficients), np.eye(self.honest, len(self.vectors))])
 
     def _decide(self, clients: Matrix) -> Decision:
-        anchors = () if self.root is None else ("root",)
-        own = np.eye(len(self.vectors))[len(self.vectors) - len(anchors) :]
+        anchors = self.rule.anchors
+        known = self.mean if self.root is None else np.eye(len(self.vectors))[-1]
+        own = np.broadcast_to(known, (len(anchors), len(known)))
         every = np.vstack([clients, own])
         rows, root = clients @ self.points, own @ self.points
 

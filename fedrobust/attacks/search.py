@@ -15,7 +15,7 @@ from fedrobust.attacks.adaptive import Adaptive
 from fedrobust.attacks.view import View
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
-from fedrobust.rules import Aggregator, FLTrust, MoNNA
+from fedrobust.rules import Aggregator
 from fedrobust.rules.guarantees import Guarantee, proved, published
 
 
@@ -120,16 +120,11 @@ def rounds(
     for name, draw in HONEST.items():
         watch(name)
         common = rng.standard_normal(d) / math.sqrt(d)
-        own = int(looks_at_root(rule))
+        own = int(bool(rule.anchors))
         honest, root = np.split(draw(rng, n - malicious + own, malicious, d) + common, [n - malicious])
         server = root[0] if own else None
         found.append(challenge(rule, honest, malicious, eps, search, rng, name, server))
     return found
-
-
-def looks_at_root(rule: Aggregator) -> bool:
-    """Whether the rule needs a row of the server's own, the anchor "root" of `aggregate`."""
-    return any(isinstance(r, FLTrust) or (isinstance(r, MoNNA) and r.index is None) for r in rule.rules)
 
 
 def challenge(

@@ -42,6 +42,11 @@ class FLTrust(Composite):
         """Bring the rows to the root's length; weigh them."""
         return RootLength(), RootCosine()
 
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """The server's own update."""
+        return ("root",)
+
 
 @dataclass(frozen=True, repr=False)
 class RootLength(Mixing):

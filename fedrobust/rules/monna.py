@@ -43,6 +43,11 @@ class MoNNA(Weighting):
         super().__post_init__()
         self.require(self.index is None or self.index >= 0, "index must not be negative")
 
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """The server's own update, unless a client is trusted."""
+        return ("root",) if self.index is None else ()
+
     def __call__(self, gram: Gram) -> Mixed:
         """Average the neighbours of the trusted row."""
         require_majority(self, gram.n, gram.f)

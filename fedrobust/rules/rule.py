@@ -70,6 +70,11 @@ class Rule(Textual):
         """What the rule is made of: itself, unless its name stands for a composition."""
         return (self,)
 
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """Names of the rows of the server's own that the rule looks at."""
+        return ()
+
 
 class Lens(Rule):
     """What the rules after it look at; the rows that they mix, and the certificate, are whole."""
@@ -192,6 +197,11 @@ class Aggregator:
     def eps(self) -> float | str | None:
         """The eps that the composition names, if any."""
         return next((rule.eps for rule in self.rules if rule.eps is not None), None)
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """Names of the rows of the server's own that the composition looks at."""
+        return tuple(dict.fromkeys(name for rule in self.rules for name in rule.anchors))
 
     def __call__(self, gram: Gram) -> Decision:
         """Decide, in client space alone, how the rows are to be combined.

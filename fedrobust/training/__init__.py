@@ -2,7 +2,16 @@
 
 from fedrobust.training.central import Course, Progress, train
 from fedrobust.training.cohort import updates
-from fedrobust.training.local import FREE, Evaluation, Learner, Leash, Poison, Shared, evaluate
+from fedrobust.training.local import (
+    FREE,
+    Evaluation,
+    Learner,
+    Leash,
+    Poison,
+    Shared,
+    evaluate,
+    root_learner,
+)
 from fedrobust.training.models import CNN, MLP, LeNet, Model, ResNet, Softmax, parse_model
 from fedrobust.training.objectives import (
     AdversarialTraining,
@@ -45,6 +54,7 @@ __all__ = [
     "manifest",
     "parse_model",
     "parse_objective",
+    "root_learner",
     "split_vector",
     "to_vector",
     "train",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fedrobust.errors import InputError
 from fedrobust.imports import is_import_path
 from fedrobust.seeding import seeded
 from fedrobust.training.objectives import Step, parse_objective
-from fedrobust.training.task import BATCHES, LAYERS, NOISE, Task
+from fedrobust.training.task import BATCHES, LAYERS, NOISE, ROOT, Task
 from fedrobust.training.vectors import load_vector, manifest, split_vector, to_vector
 
 Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -112,9 +112,9 @@ class Learner:
         Raises:
             InputError: there is no such client, or the poison leaves no example.
         """
-        if not 0 <= client < task.clients:
-            raise InputError(f"there is no client {client}; the task has 0 .. {task.clients - 1}")
         alone, shared = shared is None, shared or Shared.of(task, dataset)
+        if not 0 <= client < len(shared.parts):
+            raise InputError(f"there is no client {client}; the task has 0 .. {task.clients - 1}")
         self.x, self.y = dataset.train_x, dataset.train_y
         self.objective, self._scale = parse_objective(task.objective), dataset.normalisation
         self.mine = torch.from_numpy(shared.parts[client])
@@ -227,6 +227,30 @@ class Learner:
         else:
             self._sent.copy_(delta.lerp_(self._sent, self.task.momentum))
         return delta
+
+
+def root_learner(task: Task, dataset: Dataset, examples: int) -> Learner:
+    """The server's own training, whose update is the row "root" of rules that look at one.
+
+    It trains as one more client would, on examples drawn from all the clients' (Cao, Fang, Liu, Gong
+    2021, arXiv 2012.13995, section 7.1); without momentum, so that its update depends on the round and
+    the model alone.
+
+    Args:
+        task: what is trained.
+        dataset: all the data.
+        examples: how many of them the server has.
+
+    Raises:
+        InputError: there are not so many, or the task does not fit the dataset.
+    """
+    total = len(dataset.train_y)
+    if not 1 <= examples <= total:
+        raise InputError(f"root must be 1 .. {total}, the number of training examples, got {examples}")
+    drawn = np.random.default_rng(task.entropy(ROOT)).choice(total, examples, replace=False)
+    nothing = np.empty(0, dtype=np.int64)
+    shared = Shared(task.build_model(dataset), [*[nothing] * task.clients, np.sort(drawn)])
+    return Learner(replace(task, momentum=0.0), dataset, task.clients, shared=shared)
 
 
 def _project(module: nn.Module, model: Tensor, radius: float) -> None:

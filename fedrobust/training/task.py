@@ -18,8 +18,9 @@ from fedrobust.training.models import parse_model
 from fedrobust.training.objectives import parse_objective
 
 # Independent random streams of one seed, told apart by the first word of the spawn key; LAYERS is what a
-# module draws while it trains, as dropout does, NOISE what an objective draws.
-PARTITION, BATCHES, LAYERS, NOISE = 0, 1, 4, 5
+# module draws while it trains, as dropout does, NOISE what an objective draws, ROOT which examples are
+# the server's own.
+PARTITION, BATCHES, LAYERS, NOISE, ROOT = 0, 1, 4, 5, 6
 
 
 def client_name(index: int) -> str:

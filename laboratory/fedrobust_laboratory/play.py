@@ -30,7 +30,15 @@ from fedrobust.aggregate import LocalRows
 from fedrobust.data import Dataset
 from fedrobust.kernels import Block, Vector
 from fedrobust.optimisers import parse_optimiser
-from fedrobust.training import Learner, Shared, client_name, load_vector, to_vector, updates
+from fedrobust.training import (
+    Learner,
+    Shared,
+    client_name,
+    load_vector,
+    root_learner,
+    to_vector,
+    updates,
+)
 
 _NON_FINITE = machine.Fault(Status.STATUS_NON_FINITE, "the update holds values that are not finite")
 
@@ -74,7 +82,7 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
     shared = Shared.of(config.task, dataset)
     if config.initial:
         load_vector(shared.module, read_checkpoint(Path(config.initial), shared.module))
-    cast, table = Cast.of(config, dataset, shared), _Table(config, to_vector(shared.module))
+    cast, table = Cast.of(config, dataset, shared), _Table(config, dataset, to_vector(shared.module))
     plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, config.task.seed)
     *others, last = map(client_name, range(config.task.clients))
     state = machine.State(plan, present=frozenset(others))
@@ -84,7 +92,7 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
         events: list[machine.Event] = []
         match waiting.popleft():
             case machine.Open(number, clients):
-                table.take(clients, cast.work(number, clients, table.model))
+                table.take(number, clients, cast.work(number, clients, table.model))
                 events = [machine.Submitted(c, number, table.faults.get(c)) for c in clients]
             case machine.Aggregate(number, clients):
                 yield table.settle(number, clients)
@@ -146,10 +154,13 @@ class _Table:
         suspects: how the clients stand.
     """
 
-    def __init__(self, config: RunConfig, model: Tensor) -> None:
+    def __init__(self, config: RunConfig, dataset: Dataset, model: Tensor) -> None:
         self._config, self._optimiser = config, parse_optimiser(config.optimiser)
         self._state = self._optimiser.begin(model)
         self._policy, self._combination = parse_policy(config.quarantine), Combination.of(config)
+        own = config.root and self._combination.anchors
+        self._learner = root_learner(config.task, dataset, config.root) if own else None
+        self._anchors: tuple[Tensor, ...] = ()
         self._clients: Sequence[str] = ()
         self._rows, self._squares = model.new_empty(0, len(model)), np.empty(0)
         self.faults: dict[str, machine.Fault] = {}
@@ -160,8 +171,10 @@ class _Table:
         """(d,) float32, as it is at the moment."""
         return self._state[0].clone()
 
-    def take(self, clients: Sequence[str], rows: Tensor) -> None:
+    def take(self, number: int, clients: Sequence[str], rows: Tensor) -> None:
         """A round's updates, of which some may be of no use."""
+        if self._learner is not None:
+            self._anchors = (self._learner.update(number, self.model),)
         self._clients, self._rows = clients, rows
         self._squares = kernels.squared_norms(Block(rows))
         unsound = [c for c, s in zip(clients, self._squares, strict=True) if not math.isfinite(s)]
@@ -173,7 +186,7 @@ class _Table:
         if clients:
             rows, squares = self._of(clients)
             try:
-                local = LocalRows((Block(rows),))
+                local = LocalRows((Block(rows, anchors=self._anchors),))
                 result, spread = self._combination(
                     number, clients, local, local.width, squares, lambda: local.sum(kernels.gram)
                 )

@@ -23,19 +23,22 @@ class Combination:
         rule: as text.
         eps: the share of the clients that may be malicious.
         schedule: leaves clients out; None leaves nobody out.
+        anchors: names of the rows of the server's own that the rule looks at.
         weighs: whether the rule looks at the updates' inner products.
     """
 
     rule: str
     eps: float
     schedule: Sever | None
+    anchors: tuple[str, ...]
     weighs: bool
 
     @classmethod
     def of(cls, config: RunConfig) -> Combination:
         """That of a run."""
-        weighs = not isinstance(parse_rule(config.rule).rules[0], CoordinateWise)
-        return cls(config.rule, config.eps, parse_schedule(config.schedule), weighs)
+        rule = parse_rule(config.rule)
+        weighs = not isinstance(rule.rules[0], CoordinateWise)
+        return cls(config.rule, config.eps, parse_schedule(config.schedule), rule.anchors, weighs)
 
     def __call__(
         self,
@@ -51,7 +54,7 @@ class Combination:
         Args:
             number: of the round; seeds what the rule draws.
             clients: whose updates these are.
-            rows: the updates, as many.
+            rows: the updates, as many, and beside them the anchors.
             width: coordinates of each.
             squares: (n,) their squared lengths.
             gram: makes their (n, n) inner products, where the rule weighs.
@@ -66,7 +69,7 @@ class Combination:
         matrix = gram() if self.weighs else None
         if matrix is not None:
             squares = np.diag(matrix).copy()
-        found = gram_of(rows, np.ones(len(clients)), squares, number, matrix=matrix)
+        found = gram_of(rows, np.ones(len(clients)), squares, number, self.anchors, matrix=matrix)
         found = replace(found, width=width)
         result = combine(rows, self.rule, found, self.eps)
         if self.schedule is None or not self.schedule.looks(number):

@@ -32,6 +32,8 @@ class RunConfig(Textual):
         limits: what callers may take of the server.
         rule: how updates are combined, as text.
         eps: the malicious fraction assumed where the rule does not name one, in [0, 0.5).
+        root: how many training examples the server has itself, for rules that look at an update of its
+            own (fltrust, monna): it trains on them as a client would. 0: none.
         initial: a checkpoint of the same model that the federation starts from, such as one that was
             trained before; empty: parameters drawn by the task's seed.
         rounds: how many rounds.
@@ -67,6 +69,7 @@ class RunConfig(Textual):
     limits: Limits = field(default_factory=Limits)
     rule: str = "filter"
     eps: float = 0.2
+    root: int = 0
     initial: str = ""
     rounds: int = 30
     start: int = 0
@@ -88,7 +91,7 @@ class RunConfig(Textual):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_rule(self.rule)
+        rule = parse_rule(self.rule)
         parse_attack(self.attack)
         parse_optimiser(self.optimiser)
         parse_policy(self.quarantine)
@@ -103,6 +106,12 @@ class RunConfig(Textual):
             f"first two; got {self.run!r}",
         )
         self.require(0 <= self.eps < 0.5, f"eps must be in [0, 0.5), got {self.eps}")
+        self.require(self.root >= 0, f"root must not be negative, got {self.root}")
+        self.require(
+            self.root > 0 or not rule.anchors,
+            f"{rule!r} looks at an update of the server's own: say by root how many training examples "
+            "it has for that, such as 100",
+        )
         self.require(self.rounds >= 1, f"rounds must be at least 1, got {self.rounds}")
         self.require(self.start >= 0, f"start must not be negative, got {self.start}")
         self.require(0 < self.sample <= 1, f"sample must be in (0, 1], got {self.sample}")

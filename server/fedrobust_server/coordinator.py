@@ -67,6 +67,8 @@ from fedrobust_server.shards import Shards
 from fedrobust_server.spool import Floats, Spool
 
 T = TypeVar("T")
+Root = Callable[[int, Floats], Floats]
+"""(round, (d,) model) -> (d,), the server's own update of that round."""
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,7 @@ class _Round:
         malformed: clients that sent what cannot be an update.
         spread: how far updates stand out, where the schedule looks at that after this round.
         places: of the updates that are being taken in, the latest of each client.
+        root: the server's own update, while the clients' come in; None where the rule looks at none.
         opened: on the loop's clock.
         closes_at: on the loop's clock.
     """
@@ -135,6 +138,7 @@ class _Round:
     refused: int = 0
     malformed: set[str] = field(default_factory=set)
     spread: Mapping[str, float] = field(default_factory=dict)
+    root: asyncio.Future[Floats] | None = None
     opened: float = 0.0
     places: dict[str, Place] = field(default_factory=dict)
     closes_at: float = 0.0
@@ -159,6 +163,7 @@ class Coordinator(Reception):
         shards: Shards,
         ledger: Ledger,
         evaluate: Callable[[Floats], Evaluation],
+        root: Root | None = None,
         *,
         folder: RunFolder,
         state: Floats,
@@ -174,6 +179,7 @@ class Coordinator(Reception):
             shards: hold the model; started from `state`.
             ledger: takes the record.
             evaluate: judges a model; called in a thread.
+            root: trains an update of the server's own; called in a thread. None: it has no data.
             folder: of the run.
             state: (1 + kept, d), the model and the optimiser's memory that the run begins with, or goes
                 on from.
@@ -197,7 +203,7 @@ class Coordinator(Reception):
             self._state, actions = machine.step(self._state, _resumed(standing))
             self._held += actions
         self._config, self._shards, self._ledger, self._folder = config, shards, ledger, folder
-        self._evaluate, self._watch, self._names = evaluate, watch, manifest
+        self._evaluate, self._watch, self._names, self._root = evaluate, watch, manifest, root
         self._combination = Combination.of(config)
         self._encoding = vectors.encoding(config.wire, config.compression)
         self._manifest = ManifestMessage(
@@ -549,6 +555,7 @@ class Coordinator(Reception):
         current.spool = self._folder.spool(current.number, len(current.slots), self._shards.size)
         await self._enduring(partial(self._shards.open, current.spool))
         self._ledger.open_round(current.number, list(current.slots))
+        self._train(current)
         current.begun.set()
         self._count_down(current.number)
 
@@ -559,10 +566,17 @@ class Coordinator(Reception):
         if not standing.closed:
             current.spool = self._folder.spool(number, len(current.slots), self._shards.size)
             await self._enduring(self._restore)
+            self._train(current)
             current.begun.set()
         else:
             await self._keep(number, self._model)
         self._count_down(number)
+
+    def _train(self, current: _Round) -> None:
+        """Begin the server's own update of a round, if the rule looks at it."""
+        if self._root is not None and self._combination.anchors:
+            loop = asyncio.get_running_loop()
+            current.root = loop.run_in_executor(None, self._root, current.number, self._model)
 
     def _offer(self, number: int, name: str) -> None:
         left = self._config.deadline
@@ -596,7 +610,8 @@ class Coordinator(Reception):
         self._ledger.collect(number)
         began = time.monotonic()
         try:
-            result, state = await self._enduring(partial(self._combine, number, clients))
+            own = () if self._round.root is None else (await self._round.root,)
+            result, state = await self._enduring(partial(self._combine, number, clients, own))
         except InputError as error:  # too few clients for the rule: the round's fault, not the run's
             self._settle("skipped", str(error))
             return
@@ -607,11 +622,13 @@ class Coordinator(Reception):
         self._learnt = state
         self._settle("aggregated", "", result, clients)
 
-    def _combine(self, number: int, clients: tuple[str, ...]) -> tuple[Aggregated, Floats | None]:
+    def _combine(
+        self, number: int, clients: tuple[str, ...], anchors: tuple[Floats, ...]
+    ) -> tuple[Aggregated, Floats | None]:
         """The robust mean of these clients' updates, and the state that it leads to, if it may."""
         slots = [self._round.slots[client] for client in clients]
         squares = np.array([self._round.norms[client] for client in clients]) ** 2
-        rows, width = self._shards.rows(slots), self._shards.size
+        rows, width = self._shards.rows(slots, anchors), self._shards.size
         result, self._round.spread = self._combination(
             number, clients, rows, width, squares, lambda: self._shards.gram(slots)
         )

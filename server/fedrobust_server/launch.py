@@ -26,10 +26,10 @@ from fedrobust import InputError, parse_rule
 from fedrobust.data import Dataset, load
 from fedrobust.optimisers import parse_optimiser
 from fedrobust.rules import Last
-from fedrobust.training import Evaluation, evaluate, load_vector, manifest, to_vector
+from fedrobust.training import Evaluation, evaluate, load_vector, manifest, root_learner, to_vector
 from fedrobust_server import lifeline
 from fedrobust_server.config import RunConfig
-from fedrobust_server.coordinator import Coordinator, RoundReport
+from fedrobust_server.coordinator import Coordinator, Root, RoundReport
 from fedrobust_server.metrics import Metrics
 from fedrobust_server.round import KEEPS_TURN
 from fedrobust_server.runs import RunFolder, read_checkpoint
@@ -217,6 +217,7 @@ def federation(
                 shards,
                 ledger,
                 partial(_judge, module, dataset),
+                _root(config, dataset),
                 folder=folder,
                 state=state,
                 standing=standing,
@@ -247,6 +248,14 @@ def _start(shards: Shards, state: Floats) -> None:
             log.warning("%s; trying again", what)
         else:
             return
+
+
+def _root(config: RunConfig, dataset: Dataset) -> Root | None:
+    """Trains the server's own update of a round, where the run has examples for it."""
+    if not config.root:
+        return None
+    learner = root_learner(config.task, dataset, config.root)
+    return lambda number, model: learner.update(number, torch.from_numpy(model)).numpy()
 
 
 def _judge(module: torch.nn.Module, dataset: Dataset, model: Floats) -> Evaluation:

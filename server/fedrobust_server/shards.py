@@ -155,9 +155,19 @@ class Shard:
         self.fold()
         return self._inner[np.ix_(slots, slots)]
 
-    def sum(self, part: Callable[[Block], Matrix], slots: Sequence[int], width: int) -> Matrix:
-        """What `part` makes of the last `width` coordinates of this slice of these updates."""
-        return part(self._block(slots).ending(width))
+    def sum(
+        self,
+        part: Callable[[Block], Matrix],
+        slots: Sequence[int],
+        width: int,
+        anchors: Sequence[Floats] = (),
+    ) -> Matrix:
+        """What `part` makes of the last `width` coordinates of this slice of these updates.
+
+        `anchors` are rows of the server's own, cut to this slice.
+        """
+        own = tuple(torch.from_numpy(anchor.copy()) for anchor in anchors)
+        return part(replace(self._block(slots), anchors=own).ending(width))
 
     def map(self, part: Callable[[Block], Tensor], slots: Sequence[int]) -> None:
         """Keep what `part` makes of these updates: this slice of the aggregate."""
@@ -205,18 +215,25 @@ class ShardRows:
         actors: the shards.
         bounds: which coordinates each of them has.
         slots: of the updates.
+        anchors: (d,) each, rows of the server's own beside them.
         start: the first coordinate that is looked at.
     """
 
     actors: Sequence[Any]
     bounds: Sequence[tuple[int, int]]
     slots: Sequence[int]
+    anchors: Sequence[Floats] = ()
     start: int = 0
 
     def sum(self, part: Callable[[Block], Matrix]) -> Matrix:
         """The sum over all shards, each at work at the same time."""
         looking = [
-            actor.sum.remote(part, self.slots, min(stop - self.start, stop - first))
+            actor.sum.remote(
+                part,
+                self.slots,
+                min(stop - self.start, stop - first),
+                [anchor[first:stop] for anchor in self.anchors],
+            )
             for actor, (first, stop) in zip(self.actors, self.bounds, strict=True)
             if stop > self.start
         ]
@@ -384,10 +401,10 @@ class Shards:
         total: Matrix = np.add.reduce(parts)
         return (total + total.T) / 2
 
-    def rows(self, slots: Sequence[int]) -> ShardRows:
-        """The whole updates in these slots."""
+    def rows(self, slots: Sequence[int], anchors: Sequence[Floats] = ()) -> ShardRows:
+        """The whole updates in these slots, and rows of the server's own, (d,) each."""
         self._arrived()
-        return ShardRows(self._actors, self._bounds, slots)
+        return ShardRows(self._actors, self._bounds, slots, anchors)
 
     def step(self, state: Spool) -> Floats:
         """Move the model by the aggregate that `rows(...).map` left.

@@ -104,6 +104,26 @@ def test_three_shards_end_where_one_process_does_and_another_seed_elsewhere(
     assert not np.allclose(other, alike)
 
 
+@pytest.mark.parametrize("rule", ["fltrust", "nnm | monna"])
+def test_a_rule_may_look_at_the_servers_own_update(ray_cluster: None, tmp_path: Path, rule: str) -> None:
+    task = Task(model="softmax", clients=5, momentum=0.5)
+    config = RunConfig(task=task, rounds=3, rule=rule, root=64, shards=2)
+    alike, other = played(config), played(replace(config, root=32))
+    np.testing.assert_allclose(in_process(tmp_path, config), alike, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(other, alike)
+
+
+def test_the_servers_own_update_stands_against_a_majority() -> None:
+    task, dataset = Task(model="softmax", clients=5), load("digits")
+    config = RunConfig(task=task, rounds=20, root=64, malicious=4, attack="ipm(2.0)")
+    module, found = task.build_model(dataset), {}
+    for rule in ("filter", "fltrust"):
+        load_vector(module, played(replace(config, rule=rule)))
+        found[rule] = evaluate(module, dataset.test_x, dataset.test_y).accuracy
+    assert found["filter"] < 0.3
+    assert found["fltrust"] > 0.8
+
+
 def test_a_malformed_attack_costs_only_the_attackers(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ import torch
 from fedrobust_proto.v1 import federation_pb2 as pb
 from fedrobust_server import lifeline
 from fedrobust_server.config import RunConfig
-from fedrobust_server.coordinator import Coordinator
+from fedrobust_server.coordinator import Coordinator, Root
 from fedrobust_server.gateways import _Link
 from fedrobust_server.metrics import Metrics
 from fedrobust_server.outpost import Outpost
@@ -28,7 +28,7 @@ from fedrobust_server.runs import RunFolder
 from fedrobust_server.shards import Shard
 from fedrobust_server.spool import Spool, identity
 
-from fedrobust import InputError
+from fedrobust import InputError, aggregate
 from fedrobust.optimisers import parse_optimiser
 from fedrobust.training import Evaluation, Task
 
@@ -44,10 +44,10 @@ Vector = npt.NDArray[np.float32]
 class Rows:
     shard: Shard
     slots: list[int]
-    width: int
+    anchors: Any
 
     def sum(self, part: Any) -> Any:
-        return self.shard.sum(part, self.slots, self.width)
+        return self.shard.sum(part, self.slots, D, self.anchors)
 
     def map(self, part: Any) -> Any:
         return self.shard.map(part, self.slots)
@@ -91,8 +91,8 @@ class Here:
         half = self.shard.gram(slots)
         return (half + half.T) / 2
 
-    def rows(self, slots: list[int]) -> Rows:
-        return Rows(self.shard, slots, D)
+    def rows(self, slots: list[int], anchors: Any) -> Rows:
+        return Rows(self.shard, slots, anchors)
 
     def step(self, state: Spool) -> Any:
         self.shard.step(str(state.path.resolve()), identity(state.file))
@@ -112,7 +112,10 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def coordinator(
-    folder: RunFolder, config: RunConfig, evaluate: Callable[[Any], Evaluation] = lambda _: EVALUATION
+    folder: RunFolder,
+    config: RunConfig,
+    evaluate: Callable[[Any], Evaluation] = lambda _: EVALUATION,
+    root: Root | None = None,
 ) -> Coordinator:
     """Of a new run, or of one that goes on."""
     state, shards, ledger = np.zeros((1, D), np.float32), Here(), folder.ledger()
@@ -126,6 +129,7 @@ def coordinator(
         shards,  # type: ignore[arg-type]
         ledger,
         evaluate,
+        root,
         folder=folder,
         state=state,
         standing=standing,
@@ -237,6 +241,28 @@ def cut_off(folder: RunFolder, config: RunConfig, updates: dict[str, Vector]) ->
             assert receipt.status == pb.STATUS_ACCEPTED
         await leave(running, *heard)
         server._ledger.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_resumed_server_works_its_own_update_out_again(tmp_path: Path) -> None:
+    folder, config = run_of(tmp_path, 7, rounds=1, rule="fltrust", root=9, deadline=1.0)
+    updates = {f"h{i}": honest(f"h{i}") for i in range(6)}
+    cut_off(folder, config, updates)
+    asked = []
+
+    def root(number: int, model: Vector) -> Vector:
+        asked.append((number, model.copy()))
+        return honest("root")
+
+    async def scenario() -> None:
+        moved = await coordinator(folder, config, root=root).run()
+        anchors = {"root": honest("root")}
+        expected = aggregate(list(updates.values()), "fltrust", anchors=anchors).value
+        np.testing.assert_allclose(moved, expected, atol=1e-6)
+        assert np.abs(expected).max() > 0.1
+        (number, model), *others = asked
+        assert (number, model.any(), others) == (1, False, [])
 
     asyncio.run(scenario())
 

@@ -100,6 +100,20 @@ def test_a_reference_and_shares_count_as_in_aggregate() -> None:
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
 
 
+@pytest.mark.parametrize("rule", ["fltrust", "monna", "last(20) | fltrust"])
+def test_rules_may_look_at_a_row_of_the_servers_own(rule: str) -> None:
+    X, model = rows(8, 50, 1, []) + 3, np.full(50, 2.0)
+    running = RunningAggregate(8, 50, reference=model, dtype=torch.float64)
+    running.extend(X)
+    expected = fr.aggregate(X, rule, reference=model, anchors={"root": X.mean(0)})
+    found = running.result(rule, anchors={"root": X.mean(0)})
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
+    with pytest.raises(InputError, match="the anchor 'root' has"):
+        running.result(rule, anchors={"root": X[0, :9]})
+    with pytest.raises(InputError, match="own row 'root' holds values that are not finite"):
+        running.result(rule, anchors={"root": X[0] * np.inf})
+
+
 def test_what_is_not_whole_or_not_finite_is_refused_and_more_may_follow() -> None:
     X = rows(6, 40, 2, [])
     running = RunningAggregate(8, 40, dtype=torch.float64)

@@ -160,9 +160,9 @@ def aggregate(  # noqa: PLR0913 (the front door)
         anchors: rows of the server's own, each of the form of one update, that some rules look at
             beside the clients': {"root": gradient on the server's data} for fltrust and monna.
         seed: for rules that draw; change it from round to round.
-        certified: False leaves certificate and verdict out; rules that need few inner products
-            (geometric_median(steps=3), centered_clipping, monna) then do without the others, which is
-            ten times faster for a thousand rows.
+        certified: False leaves certificate and verdict out; rules that need lengths alone (clip, arc,
+            centered_clipping) or few inner products (fltrust, monna, geometric_median(steps=3)) then do
+            without the others, which is ten times faster for a thousand rows.
         bfloat16: multiply float32 rows in bfloat16, as `kernels.gram`; for updates that differ by as
             much as they have in common.
 

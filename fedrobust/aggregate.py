@@ -32,8 +32,6 @@ from fedrobust.verdict import Verdict, judge
 
 LARGEST_NORM = 1e60
 """Longer rows are refused: beyond every float32 row, and the fourth power is still a float64."""
-BFLOAT16, FLOAT32, FLOAT64 = 1e-4, 5e-8, 1e-12
-"""Precision of inner products of such rows, in units of the rows' lengths."""
 _MOST_COORDINATES = 2048
 """With more rows than coordinates, up to so many of these, an eigenproblem in their space is cheap."""
 
@@ -188,7 +186,8 @@ def aggregate(  # noqa: PLR0913 (the front door)
         raise InputError("the updates hold no values, so there is nothing to aggregate")
     if names:
         _check_anchors(rows, names)
-    matrix, squares = _first_pass(rows, aggregator, certified=certified, bfloat16=bfloat16)
+    inner = partial(kernels.gram, bfloat16=bfloat16)
+    matrix, squares = _first_pass(rows, aggregator, inner, certified=certified)
     norms = np.sqrt(squares)
     finite = np.flatnonzero(norms < LARGEST_NORM)
     kept = [table.kept[i] for i in finite]
@@ -206,11 +205,11 @@ def aggregate(  # noqa: PLR0913 (the front door)
         seed,
         names,
         certified=certified,
+        inner=inner,
         matrix=matrix,
-        precision=BFLOAT16 if bfloat16 else precision([block.dtype for block in rows.blocks]),
+        precision=kernels.BFLOAT16 if bfloat16 else precision([block.dtype for block in rows.blocks]),
     )
-    few = rows.width < len(squares) and rows.width <= _MOST_COORDINATES
-    gram = replace(gram, width=rows.width, factor=rows.matrix() if few else None)
+    gram = replace(gram, width=rows.width)
     result = combine(rows, aggregator, gram, eps, certified=certified)
     counters = [lower_median([leaf[i] for i in finite]) for leaf in table.counters]
     value = rebuild(table.like, result.value, counters)
@@ -247,7 +246,7 @@ def aggregate_rows(
     return combine(rows, rule, gram_of(rows, shares, norms**2, seed, anchors), eps)
 
 
-def gram_of(
+def gram_of(  # noqa: PLR0913 (all that may be known of the rows)
     rows: Rows,
     shares: Vector,
     squares: Vector,
@@ -255,8 +254,9 @@ def gram_of(
     anchors: tuple[str, ...] = (),
     *,
     certified: bool = True,
+    inner: Callable[[Block], Matrix] = kernels.gram,
     matrix: Matrix | None = None,
-    precision: float = FLOAT32,
+    precision: float = kernels.FLOAT32,
 ) -> Gram:
     """The statistic of rows that may be remote; no pass is made before a rule asks.
 
@@ -267,6 +267,7 @@ def gram_of(
         seed: for rules that draw.
         anchors: names of the blocks' anchors, in their order.
         certified: whether the certificate, which needs the whole matrix, will be asked for.
+        inner: makes a block's inner products.
         matrix: (n, n) inner products, if they are at hand.
         precision: of inner products, in units of the rows' lengths.
 
@@ -281,13 +282,20 @@ def gram_of(
 
     def ending(count: int) -> Gram:
         seen = rows.ending(count)
-        inner = seen.sum(kernels.gram)
-        squares = np.asarray(np.diag(inner))
-        return gram_of(seen, shares, squares, seed, anchors, matrix=inner, precision=precision)
+        return gram_of(
+            seen,
+            shares,
+            seen.sum(kernels.squared_norms),
+            seed,
+            anchors,
+            certified=certified,
+            inner=inner,
+            precision=precision,
+        )
 
     without = matrix is None and (not certified or len(shares) > LARGEST_MATRIX)
     return Gram(
-        compute=lambda: rows.sum(kernels.gram) if matrix is None else matrix,
+        compute=lambda: rows.sum(inner) if matrix is None else matrix,
         shares=shares / shares.sum(),
         eps=DEFAULT_EPS,
         seed=seed,
@@ -296,6 +304,7 @@ def gram_of(
         count_signs=lambda mixing: rows.sum(partial(kernels.sign_counts, matrix=mixing)),
         multiply=multiply if without else None,
         ending=ending,
+        factor=rows.matrix() if isinstance(rows, LocalRows) and _few_coordinates(rows) else None,
         norms=squares,
         precision=precision,
     )
@@ -348,15 +357,19 @@ def _check_anchors(rows: LocalRows, names: tuple[str, ...]) -> None:
             raise InputError(f"the anchor {name!r} has norm {norm:.3g}, more than {LARGEST_NORM:.0g}")
 
 
+def _few_coordinates(rows: LocalRows) -> bool:
+    """Whether the rows themselves say in fewer numbers what their inner products do."""
+    return rows.width < rows.blocks[0].n and rows.width <= _MOST_COORDINATES
+
+
 def _first_pass(
-    rows: LocalRows, aggregator: Aggregator, *, certified: bool, bfloat16: bool
+    rows: LocalRows, aggregator: Aggregator, inner: Callable[[Block], Matrix], *, certified: bool
 ) -> tuple[Matrix | None, Vector]:
     """The inner products, if they will be needed in any case, and the rows' squared norms."""
     weighs = not isinstance(aggregator.rules[-1], CoordinateWise)
     n = rows.blocks[0].n
-    needed = (weighs and certified) or (bfloat16 and (weighs or len(aggregator.rules) > 1))
-    if n <= min(rows.width, LARGEST_MATRIX) and needed:
-        matrix = rows.sum(partial(kernels.gram, bfloat16=bfloat16))
+    if weighs and certified and n <= min(rows.width, LARGEST_MATRIX):
+        matrix = rows.sum(inner)
         return matrix, np.asarray(np.diag(matrix))
     return None, rows.sum(kernels.squared_norms)
 
@@ -372,7 +385,8 @@ def unsound(norms: Vector) -> dict[int, str]:
 
 def precision(dtypes: Sequence[torch.dtype]) -> float:
     """Of inner products of rows whose coordinates have these dtypes, in units of the rows' lengths."""
-    return FLOAT64 if all(dtype == torch.float64 for dtype in dtypes) else FLOAT32
+    double = all(dtype == torch.float64 for dtype in dtypes)
+    return kernels.FLOAT64 if double else kernels.FLOAT32
 
 
 def check_seed(seed: object) -> None:

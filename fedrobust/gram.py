@@ -81,7 +81,7 @@ class Gram:
         Raises:
             InputError: there are so many rows that it would not fit into memory.
         """
-        if self.n > LARGEST_MATRIX:
+        if self.n > LARGEST_MATRIX + 1:  # the reference may stand beside the rows
             raise InputError(
                 f"the rule compares every pair of rows, and {self.n} of them are too many for that "
                 f"(at most {LARGEST_MATRIX}); mean, filter, caf and geometric_median do without"
@@ -238,13 +238,19 @@ class Gram:
         toward = self.product(1)(weights)
         return np.asarray(np.maximum(self.squared_norms - 2 * toward + weights @ toward, 0.0))
 
-    def rounding(self, weights: Vector) -> float:
+    def rounding(self, weights: Vector, beside: int = 0) -> float:
         """An eigenvalue of the weighted covariance below this is as good as zero.
 
         Inner products are good to `precision` of the rows' lengths, and so is what is left of them when
         all rows are equal: no eigenvalue is wrong by more than this.
+
+        Args:
+            weights: (n,) non-negative, sum 1.
+            beside: how many larger eigenvalues there are. As many rows may be what stretches those, and
+                do not count: an entry is off in proportion to its own two rows.
         """
-        return self.precision * float(weights @ self.squared_norms)
+        terms = np.sort(weights * self.squared_norms)
+        return self.precision * float(terms[: self.n - beside].sum())
 
     def eigenvalues(self, weights: Vector) -> Vector:
         """(k,) eigenvalues of the weighted covariance, largest first: `spectrum` without directions."""
@@ -319,7 +325,7 @@ class Gram:
             eps: mass of the mixed rows that may be malicious.
         """
         count, ending = self.count_signs, self.ending
-        multiply, factor, norms = self.multiply, self.factor, self.norms
+        multiply, factor, norms = self._multiply, self.factor, self.norms
         if norms is not None:
             own = stretches(matrix)
             norms = None if own is None else self.squared_norms * own**2
@@ -352,11 +358,26 @@ class Gram:
     def with_reference(self) -> Gram:
         """The same rows and, last, the reference itself as a row without share."""
         matrix = np.eye(self.n + 1, self.n)  # a row of zeros is the reference
-        return self.through(matrix, np.append(self.shares, 0.0), self.eps)
+        seen = self.through(matrix, np.append(self.shares, 0.0), self.eps)
+        return seen if self.norms is None else replace(seen, norms=np.append(self.squared_norms, 0.0))
 
     def assuming(self, eps: float) -> Gram:
         """The same rows with another mass that may be malicious."""
-        return replace(self, compute=lambda: self.matrix, beside=lambda: self._beside_anchors, eps=eps)
+        return replace(
+            self,
+            compute=lambda: self.matrix,
+            beside=lambda: self._beside_anchors,
+            multiply=self._multiply,
+            eps=eps,
+        )
+
+    @property
+    def _multiply(self) -> Product | None:
+        """Products in passes over the rows, for those who look at these rows otherwise.
+
+        None where the matrix is at hand.
+        """
+        return None if "matrix" in vars(self) else self.multiply
 
 
 def most_malicious(shares: Vector, eps: float) -> int:

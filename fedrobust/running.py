@@ -22,7 +22,6 @@ from fedrobust.aggregate import (
     combine,
     gram_of,
     lower_median,
-    precision,
     unsound,
 )
 from fedrobust.errors import InputError
@@ -265,13 +264,13 @@ class RunningAggregate:
         inner = self._inner[np.ix_(kept, kept)]
         gram = gram_of(
             rows,
-            masses[kept],
+            masses[kept] / (masses.max() or 1.0),
             squares[kept],
             seed,
             tuple(anchors or ()),
             certified=certified,
             matrix=(inner + inner.T) / 2,
-            precision=precision([self._rows.dtype]),
+            precision=kernels.FLOAT64 if self._rows.dtype == torch.float64 else kernels.ARRIVING,
         )
         result = combine(rows, rule, replace(gram, width=size), eps, certified=certified)
         (value,) = result.value

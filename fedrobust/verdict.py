@@ -100,8 +100,9 @@ def read_levels(gram: Gram, weights: Vector, values: Vector, factor: float = VIS
     if len(values) < gram.size(weights):
         raw = np.array_equal(weights, gram.shares)
         values = gram.raw_eigenvalues if raw else gram.eigenvalues(weights)
-    edge = bulk_edge(values, gram.f - _gone(gram, weights))
-    if edge is None or edge <= gram.rounding(weights):
+    larger = max(gram.f - _gone(gram, weights), 0)
+    edge = bulk_edge(values, larger)
+    if edge is None or edge <= gram.rounding(weights, larger + 1):
         return None
     return Levels(factor * edge, factor * edge * ALARMING / VISIBLE)
 

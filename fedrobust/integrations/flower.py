@@ -19,10 +19,10 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,7 @@ PREFIX = "fedrobust-"
 """Of our figures among the metrics."""
 
 _log = logging.getLogger("flwr")
+T = TypeVar("T")
 
 
 class RobustStrategy(Strategy):
@@ -128,7 +129,7 @@ class RobustStrategy(Strategy):
         self.rounds.append(_kept(found))
         for line in found.lines():
             _log.info("%s", line)
-        used = set(found.influential)
+        answers, used = _firsts(answers, _node), set(found.influential)
         reported = [_metrics(reply) for reply in answers if _node(reply) in used]
         own = {f"{PREFIX}{key}": figure for key, figure in found.figures().items()}
         if answers:
@@ -154,6 +155,7 @@ class RobustStrategy(Strategy):
         answers, failed = _sorted(replies)
         for node, why in failed.items():
             _log.info("round %d: failed to evaluate %s: %s", server_round, node, printable(why))
+        answers = _firsts(answers, _node)
         reported = [metrics for reply in answers if (metrics := _metrics(reply))]
         if not reported:
             return None
@@ -240,6 +242,7 @@ class RobustFitStrategy(older.Strategy):
             f"{PREFIX}{key}": json.dumps(figure) if isinstance(figure, list) else figure
             for key, figure in found.figures().items()
         }
+        results = _firsts(results, _sender)
         own[f"{PREFIX}nodes"] = json.dumps([_proxy(client) for client, _ in results])
         if value is None:
             return None, own
@@ -273,6 +276,7 @@ class RobustFitStrategy(older.Strategy):
         for index, failure in enumerate(failures):
             who, why = _failed(index, failure), printable(_why(failure))
             _log.info("round %d: failed to evaluate %s: %s", server_round, who, why)
+        results = _firsts(results, _sender)
         loss = medians([{"loss": result.loss} for _, result in results]).get("loss")
         if not isinstance(loss, float):
             return None, {}
@@ -308,6 +312,18 @@ def _sorted(replies: Iterable[Message]) -> tuple[list[Message], dict[Client, str
         else:
             answers.append(reply)
     return answers, failed
+
+
+def _firsts(replies: Iterable[T], client: Callable[[T], Client]) -> list[T]:
+    """The first reply of each client, which is the one that counts."""
+    found: dict[Client, T] = {}
+    for reply in replies:
+        found.setdefault(client(reply), reply)
+    return list(found.values())
+
+
+def _sender(result: tuple[ClientProxy, Any]) -> Client:
+    return _proxy(result[0])
 
 
 def _node(reply: Message) -> int:

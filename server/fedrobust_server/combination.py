@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedrobust import Aggregated, parse_rule
+from fedrobust import Aggregated, kernels, parse_rule
 from fedrobust.aggregate import Rows, combine, gram_of
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules import CoordinateWise
@@ -69,7 +69,15 @@ class Combination:
         matrix = gram() if self.weighs else None
         if matrix is not None:
             squares = np.diag(matrix).copy()
-        found = gram_of(rows, np.ones(len(clients)), squares, number, self.anchors, matrix=matrix)
+        found = gram_of(
+            rows,
+            np.ones(len(clients)),
+            squares,
+            number,
+            self.anchors,
+            matrix=matrix,
+            precision=kernels.ARRIVING,
+        )
         found = replace(found, width=width)
         result = combine(rows, self.rule, found, self.eps)
         if self.schedule is None or not self.schedule.looks(number):

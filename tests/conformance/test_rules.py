@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -456,8 +457,42 @@ def test_without_a_certificate_rules_that_need_lengths_make_no_matrix(
     X = normal(50, 300)
     expected = aggregate(X, rule).value
     only_of_one = kernels.gram
-    monkeypatch.setattr(kernels, "gram", lambda b: only_of_one(b) if b.n == 1 else pytest.fail("made"))
+
+    def of_one(block: Block, **options: bool) -> Matrix:
+        return only_of_one(block, **options) if block.n == 1 else pytest.fail("a matrix was made")
+
+    monkeypatch.setattr(kernels, "gram", of_one)
     close(aggregate(X, rule, certified=False).value, expected, 1e-6)
+    close(aggregate(X, rule, certified=False, bfloat16=True).value, expected, 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["nnm | geometric_median(steps=3)", "nnm | centered_clipping(steps=3)"])
+def test_who_has_the_matrix_passes_over_the_rows_no_more(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X = normal(50, 300)
+    expected = aggregate(X, rule).value
+    monkeypatch.setattr(kernels, "products", lambda *_, **__: pytest.fail("another pass"))
+    close(aggregate(X, rule, certified=False).value, expected, 1e-6)
+
+
+@pytest.mark.parametrize("n", [20, 21, 30])
+@pytest.mark.parametrize(
+    "rule",
+    ["clip | mean", "arc | mean", "centered_clipping", "fltrust", "clip | filter", "last(70) | mean"],
+)
+def test_rules_that_compare_no_pairs_need_no_matrix_of_many_rows(
+    rule: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X = np.concatenate([normal(n - 1, 100), np.full((1, 100), 20.0)])
+    expected = aggregate(X, rule)
+    for module in ("gram", "aggregate"):
+        monkeypatch.setattr(sys.modules[f"fedrobust.{module}"], "LARGEST_MATRIX", 20)
+    result = aggregate(X, rule)
+    close(result.value, expected.value, 1e-6)
+    assert result.certificate is not None
+    assert expected.certificate is not None
+    assert result.certificate.bound() == pytest.approx(expected.certificate.bound(), rel=0.02)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -401,6 +401,28 @@ def test_evaluation_is_the_median_of_what_sound_clients_report() -> None:
     assert all(dict(r) == {"accuracy": 0.9} for r in result.evaluate_metrics_clientapp.values())
 
 
+def test_a_node_that_answers_often_is_heard_once() -> None:
+    class Insistent(Loopback):
+        def send_and_receive(
+            self, messages: Iterable[Message], *, timeout: float | None = None
+        ) -> Iterable[Message]:
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            return [*replies, *[r for r in replies if r.metadata.src_node_id == 3] * 20]
+
+    def client(node: int, message: Message) -> RecordDict:
+        if message.metadata.message_type == "train":
+            return content(trained(node, message), loss=1e9 if node == 3 else 1.0)
+        return RecordDict({"metrics": MetricRecord({"num-examples": 10, "accuracy": float(node == 3)})})
+
+    arrays = ArrayRecord({key: Array(np.asarray(value)) for key, value in START.items()})
+    result = RobustStrategy("filter", inner()).start(Insistent(client), arrays, num_rounds=2)
+    told = dict(result.train_metrics_clientapp[2])
+    assert told["fedrobust-nodes"] == list(range(1, NODES + 1))
+    assert len(told["fedrobust-weights"]) == NODES  # type: ignore[arg-type]
+    assert told["loss"] == 1.0
+    assert dict(result.evaluate_metrics_clientapp[2]) == {"accuracy": 0.0}
+
+
 def test_metrics_functions_and_keys_of_the_wrapped_strategy_stay() -> None:
     def own(records: list[RecordDict], key: str) -> MetricRecord:
         (record,) = records

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import ThreadpoolController
 
+import fedrobust as fr
 from fedrobust import CATALOG, InputError, aggregate, kernels, parse_rule
 from fedrobust.gram import Gram
 from fedrobust.kernels import Block, Matrix, Vector
@@ -102,6 +103,24 @@ def test_f_is_the_floor_of_eps_n(n: int, eps: float, f: int) -> None:
     assert Gram(lambda: np.eye(n), np.full(n, 1 / n), eps).f == f
 
 
+@pytest.mark.parametrize("n", [2, 5, 10, 15, 16, 40])
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.013])
+def test_equal_constant_rows_are_off_by_no_more_than_is_said(n: int, value: float) -> None:
+    """Nothing is worse: every rounding of a sum goes the same way."""
+    X = torch.full((n, 200_000), value)
+    exact = float(X[0].double() @ X[0].double())
+    assert np.abs(kernels.gram(Block(X)) / exact - 1).max() < kernels.FLOAT32
+    assert np.abs(kernels.cross(Block(X), Block(X[:1])) / exact - 1).max() < kernels.ARRIVING
+    result = fr.aggregate(X, "filter")
+    assert result.verdict is fr.Verdict.CLEAR
+    np.testing.assert_allclose(result.weights, 1 / n, rtol=1e-12)  # type: ignore[arg-type]
+    assert fr.aggregate(X, "mean", eps="auto").certificate.eps == 0  # type: ignore[union-attr]
+    running = fr.RunningAggregate(n, 200_000)
+    for row in X:
+        running.add(row)
+    assert running.result("filter").verdict is fr.Verdict.CLEAR
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     "extreme", [[1e30, 1e30], [1e-30, 1e-30], [1e30, 1e-30], [1e-20, 1e19], [3e38, 1e-38]]
@@ -117,6 +136,20 @@ def test_a_row_of_any_size_leaves_the_others_entries_alone(
     relative = np.abs(gram_of(X, dtype).matrix - exact @ exact.T) / (lengths[:, None] * lengths[None, :])
     assert relative[2:, 2:].max() < 1e-6
     assert relative.max() < 1e-6  # and its own are right, too
+
+
+@pytest.mark.parametrize("sizes", [[1e16], [1e30, 1e-30], [1e17, 0.0, 3e38], []])
+@pytest.mark.parametrize("k", [1, 3])
+def test_products_with_rows_of_any_size(sizes: list[float], k: int) -> None:
+    X = rows(20, 300).astype(np.float32)
+    X[: len(sizes)] *= np.array(sizes, np.float32)[:, None] / np.abs(X[: len(sizes)]).max(
+        1, keepdims=True
+    )
+    exact, V = X.astype(np.longdouble), np.random.default_rng(3).normal(size=(20, k))
+    norms = np.sqrt((exact**2).sum(1))
+    found = kernels.products(Block(torch.from_numpy(X)), V, norms.astype(float))
+    terms = norms[:, None] * (np.abs(V) * norms[:, None]).sum(axis=0)
+    assert (np.abs(found - exact @ (exact.T @ V)) <= 1e-6 * terms).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])

@@ -100,6 +100,13 @@ def test_a_reference_and_shares_count_as_in_aggregate() -> None:
     np.testing.assert_allclose(found.value, expected.value, rtol=1e-9)
 
 
+def test_shares_of_any_size() -> None:
+    running = RunningAggregate(3, 4)
+    for row in np.eye(3, 4):
+        running.add(row, share=1.7e308)
+    np.testing.assert_allclose(running.result("mean").value, [1 / 3, 1 / 3, 1 / 3, 0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["fltrust", "monna", "last(20) | fltrust"])
 def test_rules_may_look_at_a_row_of_the_servers_own(rule: str) -> None:
     X, model = rows(8, 50, 1, []) + 3, np.full(50, 2.0)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.utils import parameters_to_vector
 
 from fedrobust.data import Dataset
 from fedrobust.data.splits import Indices
@@ -185,8 +184,9 @@ class Learner:
             for rows in self.batches(round):
                 loss = leash.alpha * self.objective(step, self.x[rows], self.y[rows])
                 if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
-                    distance = torch.linalg.vector_norm(parameters_to_vector(parameters) - model)
-                    loss = loss + (1 - leash.alpha) * distance
+                    # In the vector's order, whatever the memory's: convolutions have channels last.
+                    moved = torch.cat([parameter.reshape(-1) for parameter in parameters]) - model
+                    loss = loss + (1 - leash.alpha) * torch.linalg.vector_norm(moved)
                 gradients = torch.autograd.grad(loss, parameters)
                 with torch.no_grad():
                     for parameter, gradient, origin in zip(parameters, gradients, origins, strict=True):

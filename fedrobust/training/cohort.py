@@ -43,7 +43,7 @@ def updates(
 
     Args:
         learners: of the same task, which share a module (`Shared.of`).
-        round: the number of the round.
+        round: the number of the round, from 1.
         model: (d,) float32, the broadcast parameters; left as it is.
         leash: as for `Learner.update`.
         out: (k, d) float32, contiguous, is filled and returned; None makes a new one.

@@ -162,7 +162,7 @@ class Learner:
         and after each step w is projected onto the ball |w - w_0| <= radius.
 
         Args:
-            round: the number of the round, from 0.
+            round: the number of the round, from 1.
             model: (d,) float32, the broadcast parameters; left as it is.
             leash: none for honest training.
             module: a copy of the learner's own to work with, so that several can work at a time.
@@ -179,7 +179,7 @@ class Learner:
         parameters = list(module.parameters())
         origins = split_vector(model, manifest(module)).values()
         generator = torch.Generator().manual_seed(self._seed(NOISE, round))
-        step = Step(module, self._scale, generator, round)
+        step = Step(module, self._scale, generator, round - 1)
         with self._draws(round):
             for rows in self.batches(round):
                 loss = leash.alpha * self.objective(step, self.x[rows], self.y[rows])

@@ -120,7 +120,7 @@ class _Attacked(Objective):
 
         In warm-up eps grows in equal steps, as in the code of Salman et al. 2019.
         """
-        part = min((step.time + 1) / max(self.warmup, 1), 1.0)
+        part = min((step.time + 1) / self.warmup, 1.0) if self.warmup else 1.0
         adversary = self.adversary.within(self.adversary.eps * part)
         training = step.module.training
         step.module.eval()

@@ -37,6 +37,7 @@ from fedrobust.training import (
     to_vector,
     updates,
 )
+from fedrobust.training.objectives import Step
 
 MODELS = [Softmax(), MLP(), MLP(5), CNN(), CNN(width=3), ResNet(8), ResNet(18)]
 
@@ -422,6 +423,23 @@ def test_decay_is_the_weight_decay_of_torch(digits: Dataset) -> None:
         optimiser.step()
     found = Learner(task, digits, 1).update(0, model)
     torch.testing.assert_close(found, to_vector(module) - model, rtol=1e-4, atol=1e-6)
+
+
+def test_an_objective_is_told_how_many_rounds_came_before(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that of a warm-up of k rounds the k-th is the first with all of eps."""
+    times: list[int] = []
+
+    def watched(step: Step, x: Tensor, y: Tensor) -> Tensor:
+        times.append(step.time)
+        return cross_entropy(step.module(x), y)
+
+    learner = Learner(Task(model="softmax", clients=3, steps=1), digits, 0)
+    monkeypatch.setattr(learner, "objective", watched)
+    for number in (1, 2, 3):
+        learner.update(number, to_vector(learner.module))
+    assert times == [0, 1, 2]
 
 
 def test_outsiders_hold_samples_of_what_the_others_divide(digits: Dataset) -> None:

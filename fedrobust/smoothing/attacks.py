@@ -21,7 +21,8 @@ LogProbabilities = Callable[[Tensor], Tensor]
 """(k, *shape) images -> (k, classes)."""
 Scores = Callable[[Tensor], Tensor]
 """Likewise, of a model: before they are made probabilities."""
-_TINY = 1e-12
+_LEAST = torch.finfo(torch.float32).tiny
+"""Above 0, and below any length that is not; a processor may take less for 0."""
 
 
 def plain(model: Scores) -> LogProbabilities:
@@ -195,7 +196,10 @@ def _lengths(x: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / _lengths(x).clamp_min(_TINY)
+    """Of length 1, however short, as a very sure model's gradient is; what is 0 stays 0."""
+    # By the largest entry first: the squares of those below 1e-23 are 0 in float32.
+    x = x / x.abs().amax(dim=tuple(range(1, x.ndim)), keepdim=True).clamp_min(_LEAST)
+    return x / _lengths(x).clamp_min(_LEAST)
 
 
 def _shortened(x: Tensor, length: float) -> Tensor:

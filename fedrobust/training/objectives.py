@@ -228,8 +228,8 @@ class Consistency(_Noisy):
         pixels = step.scale.pixels(x)
         scores = _scores(step, pixels, step.noise(pixels, self.m, self.sigma))
         each = log_softmax(scores, dim=2)
-        mean = each.exp().mean(dim=1)
-        entropy = -(mean * mean.clamp_min(1e-20).log()).sum(dim=1).mean()
+        mean = each.exp().mean(dim=1).clamp_min(1e-20)  # at 0 no gradient is finite
+        entropy = -(mean * mean.log()).sum(dim=1).mean()
         divergence = (
             kl_div(each, mean.unsqueeze(1).expand_as(each), reduction="sum") / scores[..., 0].numel()
         )

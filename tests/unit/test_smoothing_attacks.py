@@ -64,6 +64,25 @@ def test_on_a_linear_classifier_attacks_find_the_worst_image() -> None:
     torch.testing.assert_close(linf.flatten(1), x.flatten(1) + 0.5 * sign * away.sign())
 
 
+@pytest.mark.parametrize("adversary", [PGD(0.5), DDN(0.5)], ids=repr)
+def test_a_step_is_as_long_where_a_model_is_so_sure_that_its_gradient_is_tiny(
+    adversary: Adversary,
+) -> None:
+    def sure(x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        return torch.stack([1e-20 * flat[:, 0], 1e-20 * flat[:, 1]], dim=1)
+
+    x, y = torch.zeros(2, 1, 2, 2), torch.tensor([0, 1])
+    moved = adversary(sure, x, y) - x
+    torch.testing.assert_close(torch.linalg.vector_norm(moved.flatten(1), dim=1), torch.full((2,), 0.5))
+
+
+def test_where_there_is_no_gradient_no_image_moves() -> None:
+    x, y = examples()
+    for adversary in ADVERSARIES:
+        assert torch.equal(adversary(lambda x: 0 * x.flatten(1), x, y), x)
+
+
 def test_ddn_shrinks_where_it_has_won_and_grows_where_not() -> None:
     """And ends at length eps all the same, since it is to train with."""
     seen: list[Tensor] = []
@@ -176,6 +195,15 @@ def test_a_consistent_model_pays_for_no_divergence() -> None:
     assert free.item() == pytest.approx(math.log(3), rel=1e-5)
     unsure = Consistency(0.5, lbd=0.0, eta=0.5)(step(module), x, y)
     assert unsure.item() == pytest.approx(1.5 * math.log(3), rel=1e-5)
+
+
+def test_a_class_of_probability_zero_leaves_gradients_finite() -> None:
+    module, (x, y) = network(), examples()
+    with torch.no_grad():
+        module[-1].bias.copy_(torch.tensor([0.0, 0.0, -200.0]))  # type: ignore[union-attr, operator]
+    loss = Consistency(0.5)(step(module), x, torch.zeros_like(y))
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def test_attacks_are_found_in_evaluation_mode_and_the_mode_comes_back() -> None:

@@ -86,7 +86,11 @@ class Grid:
         return replace(self, tables=[{**table, **values} for table in self.tables])
 
     def settings(self) -> Iterator[dict[str, Any]]:
-        """Every run of the grid, as plain values of all keys of a run and its task."""
+        """Every run of the grid, as plain values of all keys of a run and its task.
+
+        Raises:
+            InputError: a value is wrong, or there is an attack and nobody to carry it out.
+        """
         for table in self.tables:
             names = sorted(table, key=lambda key: AXES.index(key) if key in AXES else -1)
             for chosen in itertools.product(*(table[name] for name in names)):
@@ -98,11 +102,23 @@ class Grid:
         # The relative slack is for products like 0.29 x 100, which is 28.999999999999996.
         assumed = int(plain.eps * plain.task.clients * (1 + 1e-9))
         malicious = 0 if attack == NO_ATTACK else given.get("malicious", assumed)
+        if attack != NO_ATTACK and malicious == 0:
+            raise InputError(_attackless(attack, plain, given))
         outsiders = 0 if self.insiders else malicious
         chosen = {**given, "attack": attack, "malicious": malicious, "outsiders": outsiders}
         config = configuration(chosen)
         setting = {**_plain(config.task, _TASK), **_plain(config, _RUN), "attack": attack}
         return {**setting, "certify": repr(parse_plan(self.certify))} if self.certify else setting
+
+
+def _attackless(attack: str, plain: RunConfig, given: Mapping[str, Any]) -> str:
+    """What is wrong with an attack in a run without malicious clients."""
+    if "malicious" in given:
+        return f"attack {attack!r} has no attacker: raise malicious, or leave the attack out"
+    return (
+        f"eps {plain.eps:g} of {plain.task.clients} clients is no attacker: "
+        "raise eps or clients, or leave the attack out"
+    )
 
 
 def _check(values: Mapping[str, Any]) -> None:

@@ -304,7 +304,8 @@ def heat_map(arena: Arena) -> Figure:
         facecolor="white",
     )
     axes = figure.add_subplot()
-    low, high = float(np.nanmin(values, initial=100.0)), float(np.nanmax(values, initial=0.0))
+    known = values[np.isfinite(values)]
+    low, high = (known.min(), known.max()) if known.size else (0.0, 100.0)  # none where all refused
     axes.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, aspect="auto")
     axes.set_facecolor(drawing.GREY)
     axes.axvline(len(arena.attacks) - 0.5, color="white", linewidth=4)

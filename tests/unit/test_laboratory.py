@@ -45,11 +45,24 @@ def test_a_grid_is_every_combination_of_its_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("eps", "clients", "expected"), [(0.2, 10, 2), (0.3, 20, 6), (0.29, 100, 29), (0.05, 10, 0)]
+    ("eps", "clients", "expected"), [(0.2, 10, 2), (0.3, 20, 6), (0.29, 100, 29), (0.1, 10, 1)]
 )
 def test_so_many_are_malicious_as_the_rule_assumes(eps: float, clients: int, expected: int) -> None:
     (setting,) = grid(eps=eps, clients=clients, attack="ipm").settings()
     assert setting["malicious"] == configuration(setting).malicious == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"eps": 0.2, "clients": 4}, "eps 0.2 of 4 clients is no attacker: raise eps or clients, or"),
+        ({"malicious": 0}, "attack 'ipm' has no attacker: raise malicious, or leave the attack out"),
+    ],
+)
+def test_an_attack_without_an_attacker_is_told(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        list(grid(**values, attack=["none", "ipm"]).settings())
+    assert len(list(grid(**values, attack="none").settings())) == 1
 
 
 def test_nobody_is_malicious_without_an_attack() -> None:
@@ -308,6 +321,18 @@ def test_a_report_shows_what_was_published(tmp_path: Path) -> None:
     assert "| `nnm \\| filter` | **50.0** ipm |" in text
     for name in ("worst", "arena-1"):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_report_is_written_where_no_run_of_an_arena_could_be(tmp_path: Path) -> None:
+    trials = [
+        trial(rule, "ipm", refused="too few", run={"clients": clients})
+        for clients in (6, 16)
+        for rule in ("bulyan", "mda")
+    ]
+    trials.append(trial("bulyan", "ipm", 1, accuracy_last=0.5, run={"clients": 16}))
+    path = page.write(trials, Grid("A title"), tmp_path, "fedrobust compare")
+    assert "<svg" in path.read_text()
+    assert "too few" in (tmp_path / "tables.md").read_text()
 
 
 def test_every_run_is_a_row(tmp_path: Path) -> None:

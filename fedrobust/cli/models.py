@@ -120,20 +120,33 @@ def _certify(options: argparse.Namespace) -> int:
     with progress(len(asked.numbers)) as watch:
         watch("")  # counts what has ended, and not what begins
         certify(asked, log, options.ray_address, lambda number: watch(f"image {number}"))
-    _show({log.name.removesuffix(".tsv"): read_log(log)}, log, as_json=options.json)
+    name, found = log.name.removesuffix(".tsv"), read_log(log)
+    if not plan.attack:
+        _show({name: found}, log, as_json=options.json)
+        return 0
+    right = float(found.correct.mean())
+    if options.json:
+        line = {"log": name, "images": len(found), "attack": plan.attack, "abstained": found.abstained}
+        print(json.dumps({**line, "accuracy_under_attack": right}))  # noqa: T201
+    else:
+        abstained = f"{100 * found.abstained:.1f} % abstained"
+        print(  # noqa: T201
+            f"{100 * right:.2f} % right under {plan.attack}, {abstained}, of {len(found)} images; {log}"
+        )
     return 0
 
 
 def _plot(options: argparse.Namespace) -> int:
+    from fedrobust_laboratory.certification import read_attacked, read_certified
     from fedrobust_laboratory.radii import radii_figure
     from fedrobust_server import drawing
 
-    from fedrobust.smoothing import common, read_log
+    from fedrobust.smoothing import common
 
-    logs = {name: read_log(path) for name, path in _named(options.plot).items()}
+    logs = {name: read_certified(path) for name, path in _named(options.plot).items()}
     if options.common:
         logs = dict(zip(logs, common(list(logs.values())), strict=True))
-    attacked = [read_log(path) for path in options.attacked or ()]
+    attacked = [read_attacked(path) for path in options.attacked or ()]
     if attacked and len(logs) > 1:
         raise InputError("--attacked is drawn beside one log, give --plot just that of the same model")
     picture = options.to or Path("radii.png")

@@ -16,13 +16,21 @@ import numpy as np
 import ray
 import torch
 from fedrobust_server import lifeline
+from fedrobust_server.config import read_config
 from fedrobust_server.launch import start_ray
 from ray.util import ActorPool
 from torch import Tensor, nn
 
 from fedrobust import InputError
 from fedrobust.data import Dataset, load
-from fedrobust.smoothing import Entry, RoundedGaussian, SmoothedClassifier, parse_adversary
+from fedrobust.smoothing import (
+    Entry,
+    Log,
+    RoundedGaussian,
+    SmoothedClassifier,
+    parse_adversary,
+    read_log,
+)
 from fedrobust.smoothing.logs import begun
 from fedrobust.text import Textual, choose, parse
 from fedrobust.training import load_vector, to_vector
@@ -201,7 +209,7 @@ def certify(
     """
     model = hashlib.sha256(asked.vector.numpy().tobytes()).hexdigest()
     about = {**dataclasses.asdict(asked.plan), "model": model, "dataset": asked.trained.source.dataset}
-    beside = log.with_name(f"{log.name}.toml")
+    beside = _beside(log)
     if log.exists() and not beside.exists():
         raise InputError(f"{log} is no log of ours to go on with; choose another file with --to")
     claim(beside, about, f"{log} is a log of another model or plan")
@@ -218,6 +226,44 @@ def certify(
             file.flush()
             for entry in entries:
                 watch(entry.idx)
+
+
+def read_certified(log: Path) -> Log:
+    """Read a log of certificates, of ours or of others.
+
+    Raises:
+        InputError: it is of an attack, or as `read_log`.
+    """
+    if attack := _attack(log):
+        raise InputError(
+            f"{log} is a log of the attack {attack}, which certifies nothing: give it to --attacked"
+        )
+    return read_log(log)
+
+
+def read_attacked(log: Path) -> Log:
+    """Read a log of an attack in l2, the norm of radii.
+
+    Raises:
+        InputError: it is of certificates, or of an attack in another norm, or as `read_log`.
+    """
+    attack = _attack(log)
+    if attack == "":
+        raise InputError(f"{log} is a log of certificates: give it to --plot, and here one of an attack")
+    if attack is not None and getattr(parse_adversary(attack), "norm", "l2") != "l2":
+        raise InputError(f"{log} is a log of {attack}, whose eps is no l2 radius: leave it out")
+    return read_log(log)
+
+
+def _attack(log: Path) -> str | None:
+    """That a log is of: empty for certificates, None where nothing beside it says, as with others'."""
+    beside = _beside(log)
+    return str(read_config(beside).get("attack", "")) if beside.exists() else None
+
+
+def _beside(log: Path) -> Path:
+    """Where it is written what a log is of."""
+    return log.with_name(f"{log.name}.toml")
 
 
 class _Asker:

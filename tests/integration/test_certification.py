@@ -106,7 +106,14 @@ def test_all_that_can_be_asked_is_answered(
         arguments = ["certify", str(trained), "--sigma", "0.25", "--n", "1000", "--every", "9", "--json"]
         assert main([*arguments, *asked, "--to", str(log)]) == 0
         found[name] = read_log(log)
-        assert json.loads(capsys.readouterr().out)["images"] == 40
+        told = json.loads(capsys.readouterr().out)
+        assert told["images"] == 40
+    assert told["attack"] == "pgd(0.25, steps=5)"
+    assert told["accuracy_under_attack"] == found["attacked"].correct.mean()
+    assert not {"certified_accuracy", "average_radius"} & told.keys()
+    assert main([*arguments[:-1], *asked, "--to", str(log)]) == 0
+    right = f"{100 * found['attacked'].correct.mean():.2f} % right under pgd(0.25, steps=5)"
+    assert capsys.readouterr().out.startswith(right)
     plan = Plan(sigma=0.25, n=1000, every=9)
     correct, radius = answers(Asked(Trained.find(trained), plan, None))
     certain = (correct & (radius >= 0.25)).mean()

@@ -163,3 +163,36 @@ def test_logs_are_named_by_their_files(tmp_path: Path, capsys: pytest.CaptureFix
         assert told == images
     assert main(["certify", str(tmp_path), "--common"]) == 2
     assert "go with --plot" in capsys.readouterr().err
+
+
+def test_a_log_of_an_attack_is_no_log_of_certificates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a log is of stands beside it; nothing stands beside a published one, which is taken."""
+    attacks = {"certified": "", "l2": "pgd(0.5)", "ddn": "ddn(0.5)", "linf": "pgd(0.1, norm='linf')"}
+    for name, attack in {**attacks, "published": None}.items():
+        begun(path := tmp_path / f"{name}.tsv")
+        with path.open("a") as file:
+            file.writelines(f"{entry.line()}\n" for entry in ENTRIES)
+        if attack is not None:
+            path.with_name(f"{path.name}.toml").write_text(f'sigma = 0.5\nattack = "{attack}"\n')
+
+    def plot(certified: str, *attacked: str) -> tuple[int, str]:
+        logs = [str(tmp_path / f"{name}.tsv") for name in (certified, *attacked)]
+        options = ["--attacked", *logs[1:]] if attacked else []
+        code = main(["certify", "--plot", logs[0], *options, "--to", str(tmp_path / "radii.png")])
+        return code, capsys.readouterr().err
+
+    assert plot("certified", "l2", "ddn", "published") == (0, "")
+    assert plot("published") == (0, "")
+    for logs, said in (
+        (
+            ("l2",),
+            "l2.tsv is a log of the attack pgd(0.5), which certifies nothing: give it to --attacked",
+        ),
+        (("certified", "certified"), "certified.tsv is a log of certificates: give it to --plot"),
+        (("certified", "linf"), "linf.tsv is a log of pgd(0.1, norm='linf'), whose eps is no l2 radius"),
+    ):
+        code, told = plot(*logs)
+        assert code == 2
+        assert said in told

@@ -137,19 +137,26 @@ def _certify(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from fedrobust_laboratory.certification import read_attacked, read_certified
+    from fedrobust_laboratory.certification import Plan, read_attacked, read_certified
     from fedrobust_laboratory.radii import radii_figure
     from fedrobust_server import drawing
 
     from fedrobust.smoothing import common
 
+    picture = options.to or Path("radii.png")
+    places = {"FOLDER": options.model, "--checkpoint": options.checkpoint}
+    idle = [name for name, value in places.items() if value is not None]
+    idle += [f"--{name}" for name in given_fields(options, Plan)]
+    if idle:
+        raise InputError(f"--plot draws logs as they are: leave out {', '.join(idle)}")
+    if picture.suffix != ".png":
+        raise InputError(f"--to {picture}: the picture is a PNG; name it {picture.with_suffix('.png')}")
     logs = {name: read_certified(path) for name, path in _named(options.plot).items()}
     if options.common:
         logs = dict(zip(logs, common(list(logs.values())), strict=True))
     attacked = [read_attacked(path) for path in options.attacked or ()]
     if attacked and len(logs) > 1:
         raise InputError("--attacked is drawn beside one log, give --plot just that of the same model")
-    picture = options.to or Path("radii.png")
     figure = radii_figure(logs, attacked)
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(drawing.to_png(figure))

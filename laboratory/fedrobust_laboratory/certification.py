@@ -90,6 +90,14 @@ class Plan(Textual):
         choose(self.precision, ("float32", "bfloat16"), "precision")
         if self.attack:
             parse_adversary(self.attack)
+        self.require(
+            not self.attack or self.radius == -1,
+            "an attack's radius is its eps: leave out radius, or the attack",
+        )
+        self.require(
+            bool(self.attack) or (not self.naive and self.m == type(self).m),
+            "naive and m are of an attack: give one, or leave them out",
+        )
 
     def classifier(self, model: nn.Module, classes: int) -> SmoothedClassifier:
         """The smoothed classifier that is asked."""

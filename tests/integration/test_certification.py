@@ -202,6 +202,28 @@ def test_grids_certify_their_models(tmp_path: Path) -> None:
         (["certify", "{trained}", "--checkpoint", "none"], "cannot read the checkpoint none"),
         (["certify", "{trained}", "--to", "{trained}/config.toml"], "is no log of ours to go on with"),
         (["certify", "--plot", "none.tsv"], "cannot read none.tsv"),
+        (
+            ["certify", "{trained}", "--plot", "none.tsv"],
+            "--plot draws logs as they are: leave out FOLDER",
+        ),
+        (["certify", "--sigma", "1", "--plot", "none.tsv"], "as they are: leave out --sigma"),
+        (["certify", "--n0", "9", "--checkpoint", "x", "--plot", "y"], "leave out --checkpoint, --n0"),
+        (
+            ["certify", "--plot", "none.tsv", "--to", "r.pdf"],
+            "r.pdf: the picture is a PNG; name it r.png",
+        ),
+        (
+            ["certify", "{trained}", "--attack", "ddn", "--radius", "1"],
+            "leave out radius, or the attack",
+        ),
+        (
+            ["certify", "{trained}", "--naive"],
+            "naive and m are of an attack: give one, or leave them out",
+        ),
+        (
+            ["certify", "{trained}", "--m", "4"],
+            "naive and m are of an attack: give one, or leave them out",
+        ),
         (["train", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--model", "vit"], "unknown model 'vit'"),
         (["train", "--to", "{trained}"], "holds another training or run"),

@@ -45,9 +45,10 @@ def measure(
             that aim at some.
         malicious_weight: of the malicious clients together; the mean over the rounds, only where the
             rule gives weights.
-        honest_lost: the fraction of honest clients that have less than half an equal share; likewise.
-        displacement: distance of the aggregate from the honest clients' mean, over the root mean square
-            distance of their updates from it; the median over the rounds.
+        honest_lost: the fraction of honest clients that have less than half an equal share, or are
+            shut out, by the schedule or quarantine; likewise.
+        displacement: distance of the aggregate from the mean of the honest clients that took part, over
+            the root mean square distance of their updates from it; the median over the rounds.
         certificate: the bound on the same distance, on the assumption that honest clients spread no
             more than those kept, in the same units; likewise. Infinite where there is none.
         rounds_exceeded: the fraction of rounds with the verdict "bound exceeded".
@@ -110,11 +111,13 @@ class _Tally:
     config: RunConfig
     rounds: list[Mapping[str, float]] = field(default_factory=list)
     combined: bool = False
+    shut_out: frozenset[str] = frozenset()
 
     def add(self, played: Played) -> None:
         result = played.result
         found = {"rounds_skipped": float(bool(played.reason))}
         self.rounds.append(found)
+        shut_out, self.shut_out = self.shut_out, played.excluded
         if result is None:
             return
         self.combined = True
@@ -123,10 +126,12 @@ class _Tally:
         honest = np.array([client not in rogues for client in played.clients])
         if result.weights is not None:
             found["malicious_weight"] = float(result.weights[~honest].sum())
+        absent = len(shut_out - rogues - set(played.clients))
+        if result.weights is not None and (all_honest := int(honest.sum()) + absent):
+            low = int((result.weights[honest] < 0.5 / len(honest)).sum())
+            found["honest_lost"] = (low + absent) / all_honest
         if not honest.any():
             return
-        if result.weights is not None:
-            found["honest_lost"] = float((result.weights[honest] < 0.5 / len(honest)).mean())
         rows = played.rows if honest.all() else played.rows[torch.from_numpy(honest)]
         centre = rows.mean(dim=0)
         spread = float((rows - centre).square().sum(dim=1).mean().sqrt())

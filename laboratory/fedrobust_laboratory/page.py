@@ -138,8 +138,8 @@ _CERTIFIED = (
 )
 _WORST_CLASS = "Percent of the test examples of the class on which the last model does worst."
 _LOST = (
-    "Percent of the honest clients with less than half an equal share of the weight; mean over the "
-    "rounds. A rule that gives no weights has no row."
+    "Percent of the honest clients with less than half an equal share of the weight, or shut out by the "
+    "schedule or quarantine; mean over the rounds. A rule that gives no weights has no row."
 )
 
 
@@ -182,9 +182,9 @@ def _beside(arena: Arena) -> Table:
         for rule in ranked([arena])
     ]
     caption = (
-        "Means over all attacked runs. Displacement: how far the aggregate is from the honest clients' "
-        "mean, in root mean square distances of honest updates from it; certificate: the bound on that "
-        "if honest clients spread no more than those kept, where there is a bound."
+        "Means over all attacked runs. Displacement: how far the aggregate is from the mean of the "
+        "honest clients that took part, in root mean square distances of their updates from it; "
+        "certificate: the bound on that if they spread no more than those kept, where there is a bound."
     )
     attacked = any(trial.setting["malicious"] for trial in arena.trials)
     return Table(_titled("Beside the accuracy", arena), caption, header, rows if attacked else [])

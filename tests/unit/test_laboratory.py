@@ -216,6 +216,16 @@ def test_a_certificate_is_no_less_than_the_displacement() -> None:
     assert figures["displacement"] <= figures["certificate"] < np.inf
 
 
+def test_honest_clients_that_are_shut_out_are_lost() -> None:
+    config = run(rule="mean", schedule="sever(every=1, times=2, eps=0.4)", rounds=4)
+    names = {client_name(i) for i in range(6)}
+    found = played(config)
+    shut = [0, *(len(names & ended.excluded) for ended in found[:-1])]
+    assert max(shut) > 0
+    expected = np.mean([count / 6 for count in shut])
+    assert measure(config, load("digits"), 1)["honest_lost"] == pytest.approx(expected)
+
+
 def test_where_honest_clients_do_not_differ_there_is_no_unit() -> None:
     config = RunConfig(task=Task(model="softmax", clients=2), rule="mean", rounds=1, malicious=1)
     figures = measure(config, load("digits"), 1)

@@ -52,13 +52,13 @@ class Arena:
                 found[rule] = min(known.items(), key=lambda item: item[1].mean)
         return found
 
-    def over_rounds(self, figure: str) -> dict[str, Summary]:
-        """For each rule the mean of a figure over all attacked runs; infinite ones are left out."""
+    def attacked(self, figure: str) -> dict[str, list[float]]:
+        """For each rule a figure of all attacked runs that have it."""
         rows: dict[str, list[float]] = {rule: [] for rule in self.rules}
         for trial in self.trials:
             if figure in trial.figures and trial.setting["malicious"]:
                 rows[trial.setting["rule"]].append(trial.figures[figure])
-        return {rule: summary(values) for rule, values in rows.items()}
+        return rows
 
     def certified(self) -> dict[tuple[str, str], Certified]:
         """For each rule and attack how robust the models are, where that was asked."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from fedrobust.trials import Summary, Trial
+from fedrobust.trials import Summary, Trial, summary
 from fedrobust.trials import table as markdown
 from fedrobust_laboratory.findings import Arena, arenas, ranked
 from fedrobust_laboratory.grid import Grid
@@ -172,22 +172,33 @@ def _cells(arena: Arena, figure: str, title: str, caption: str) -> Table:
 
 
 def _beside(arena: Arena) -> Table:
-    shown = [(arena.over_rounds(name), scale) for name, _, scale, _ in _SHOWN]
+    shown = [(arena.attacked(name), scale) for name, _, scale, _ in _SHOWN]
     header = ["rule", *(title + (f" ({unit})" if unit else "") for _, title, _, unit in _SHOWN)]
     rows = [
         [
             f"`{rule}`",
-            *(f"{scale * by[rule].mean:.3g}" if by[rule].count else _NONE for by, scale in shown),
+            *(_mean(scale * value for value in by[rule]) for by, scale in shown),
         ]
         for rule in ranked([arena])
     ]
     caption = (
         "Means over all attacked runs. Displacement: how far the aggregate is from the mean of the "
         "honest clients that took part, in root mean square distances of their updates from it; "
-        "certificate: the bound on that if they spread no more than those kept, where there is a bound."
+        "certificate: the bound on that if they spread no more than those kept, and with "
+        "how many runs it is finite where that is not all of them."
     )
     attacked = any(trial.setting["malicious"] for trial in arena.trials)
     return Table(_titled("Beside the accuracy", arena), caption, header, rows if attacked else [])
+
+
+def _mean(values: Iterable[float]) -> str:
+    """Of the finite ones, and how many those are where that is not all."""
+    known = list(values)
+    found = summary(known)
+    if not found.count:
+        return "\N{INFINITY}" if known else _NONE
+    text = f"{found.mean:.3g}"
+    return text if found.count == len(known) else f"{text} ({found.count} of {len(known)} runs)"
 
 
 def _certified(arena: Arena) -> Table:

@@ -345,6 +345,20 @@ def test_a_report_is_written_where_no_run_of_an_arena_could_be(tmp_path: Path) -
     assert "too few" in (tmp_path / "tables.md").read_text()
 
 
+def test_a_mean_over_some_of_the_runs_says_so() -> None:
+    """Or a certificate beside a displacement that is over all of them would look violated."""
+    bounds = {"filter": (0.5, math.inf), "smea": (math.inf, math.inf), "caf": (0.5, 1.5)}
+    trials = [
+        trial(rule, "ipm", seed, accuracy_last=0.5, displacement=1.0, certificate=bound)
+        for rule, found in bounds.items()
+        for seed, bound in enumerate(found)
+    ]
+    (table,) = (t for t in page.tables(trials, Grid("A title")) if t.title == "Beside the accuracy")
+    column = [name.startswith("certificate") for name in table.header].index(True)
+    cells = {row[0].strip("`"): row[column] for row in table.rows}
+    assert cells == {"filter": "0.5 (1 of 2 runs)", "smea": "\N{INFINITY}", "caf": "1"}
+
+
 def test_every_run_is_a_row(tmp_path: Path) -> None:
     trials = [
         trial("mean", "none", 3, accuracy=0.9, curve=[(1, 0.9)]),

@@ -11,6 +11,7 @@ from typing import Any
 from fedrobust.attacks.search import HONEST, Found, rounds
 from fedrobust.errors import InputError
 from fedrobust.rules import CATALOG, Mixing, parse_rule
+from fedrobust.text import finite
 
 COMPOSITIONS = (
     "nnm | trimmed_mean",
@@ -194,7 +195,7 @@ def figures(assessment: Assessment) -> dict[str, Any]:
     """For programs; lengths in the updates' own units, None for no bound."""
     rows = [
         {
-            **{k: _or_none(v) for k, v in dataclasses.asdict(found).items()},
+            **finite(dataclasses.asdict(found)),
             "error_over_spread": found.error_over_spread,
             "kappa": found.kappa,
             "exceeds": found.exceeds,
@@ -208,7 +209,3 @@ def _length(value: float) -> str:
     if not math.isfinite(value):
         return "-"
     return f"{value:.2f}" if value < 100 else f"{value:.2g}"
-
-
-def _or_none(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

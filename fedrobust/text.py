@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -102,6 +103,19 @@ def printable(text: str, limit: int = 200) -> str:
     """
     shown = "".join(c if c.isprintable() else _escaped(c) for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[: max(limit - 3, 0)] + "..."[:limit]
+
+
+def finite(value: Any) -> Any:  # noqa: ANN401 (whatever JSON can hold)
+    """The same, with None in the place of numbers that are not finite, which JSON cannot hold.
+
+    >>> finite({"loss": math.nan, "curve": [(1, 0.5), (2, math.inf)]})
+    {'loss': None, 'curve': [[1, 0.5], [2, None]]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _escaped(character: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedrobust.cli.parsing import add_fields, command, given_fields, progress
 from fedrobust.errors import InputError
+from fedrobust.text import finite
 
 if TYPE_CHECKING:
     from fedrobust.smoothing import Log
@@ -91,7 +92,8 @@ def _train(options: argparse.Namespace) -> int:
         def ended(done: Progress) -> None:
             watch(f"epoch {done.epochs + 1}, loss {done.loss:.3f}")
             if options.json:
-                print(json.dumps({"epoch": done.epochs, "loss": done.loss}), flush=True)  # noqa: T201
+                line = {"epoch": done.epochs, "loss": done.loss}
+                print(json.dumps(finite(line)), flush=True)  # noqa: T201
 
         checkpoint, judged = train_in(folder, course, options.data_dir, options.initial, ended)
     if options.json:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedrobust.cli.parsing import attribute_docs, command, complain, progress
 from fedrobust.errors import InputError
+from fedrobust.text import finite
 
 if TYPE_CHECKING:
     from fedrobust.trials import Trial
@@ -188,7 +189,7 @@ def _compare(options: argparse.Namespace) -> int:
     written = page.write(trials, grid, folder, shlex.join(["fedrobust", *options.arguments]))
     if options.json:
         for trial in trials:
-            print(json.dumps(trial.__dict__))  # noqa: T201
+            print(json.dumps(finite(trial.__dict__)))  # noqa: T201
     else:
         print(page.tables(trials, grid)[0])  # noqa: T201
         print(f"\n{written}, {folder / 'tables.md'}, {folder / 'runs.csv'}")  # noqa: T201
@@ -214,7 +215,7 @@ def _reproduce(options: argparse.Namespace) -> int:
         trials = experiment.run(plan, folder, options.data_dir, watch)
     if options.json:
         for trial in trials:
-            print(json.dumps(trial.__dict__))  # noqa: T201
+            print(json.dumps(finite(trial.__dict__)))  # noqa: T201
     else:
         print(experiment.tables(trials))  # noqa: T201
         print(f"\n{folder / 'README.md'}, {folder / 'figure.png'}")  # noqa: T201

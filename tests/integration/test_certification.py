@@ -59,6 +59,19 @@ def test_training_that_was_killed_goes_on_to_the_same_model(trained: Path, tmp_p
     assert all(torch.equal(twin[name], ours[name]) for name in twin)
 
 
+def test_what_is_printed_of_training_that_diverged_is_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--dataset", "digits", "--model", "softmax", "--epochs", "1"]
+    arguments += ["--lr", "1e9", "--decay", "1e9"]
+    assert main([*arguments, "--to", str(tmp_path), "--json"]) == 0
+    first, _ = capsys.readouterr().out.splitlines()
+    assert json.loads(first, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == {
+        "epoch": 1,
+        "loss": None,
+    }
+
+
 def test_certifying_that_was_killed_goes_on_to_the_same_log(
     ray_cluster: None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

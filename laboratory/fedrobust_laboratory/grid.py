@@ -82,8 +82,20 @@ class Grid:
         return cls(**{"title": "Attacks and rules", **rest}, tables=tables)
 
     def given(self, values: Mapping[str, Sequence[Any]]) -> Grid:
-        """The same grid, but that these keys have other values."""
-        return replace(self, tables=[{**table, **values} for table in self.tables])
+        """The same grid, but that these keys have other values.
+
+        Published figures are left out where those are not the grid's own in every table: they would
+        stand beside runs of another set-up. Other seeds are none, nor are other rules, which they name.
+        """
+        others = any(
+            value not in table.get(key, ())
+            for key, tried in values.items()
+            if key not in ("rule", "seed")
+            for value in tried
+            for table in self.tables
+        )
+        tables = [{**table, **values} for table in self.tables]
+        return replace(self, tables=tables, published=() if others else self.published)
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """Every run of the grid, as plain values of all keys of a run and its task.

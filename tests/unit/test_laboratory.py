@@ -117,6 +117,20 @@ def test_broken_toml_is_told(tmp_path: Path) -> None:
         read_grid(str(path))
 
 
+@pytest.mark.parametrize(
+    ("values", "stays"),
+    [
+        ({"split": ["similarity(0.0)"], "seed": [7], "rule": ["krum"]}, True),
+        ({"rounds": [20]}, False),
+        ({"model": ["mlp"]}, False),
+        ({"clients": [11]}, False),  # which one of the tables only has
+        ({"quarantine": ["watch"]}, False),
+    ],
+)
+def test_published_figures_stay_with_their_set_up(values: dict[str, list[Any]], stays: bool) -> None:
+    assert bool(read_grid("byzfl").given(values).published) is stays
+
+
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_can_be_run(name: str) -> None:
     found = read_grid(name)

@@ -135,6 +135,12 @@ def _check(x: Tensor, y: Tensor, first: Tensor, classes: int, name: str) -> None
         )
     if not 0 < len(x) == len(y):
         raise InputError(f"its {name} part has {len(x)} images and {len(y)} labels")
+    bad = ~x.isfinite().flatten(1).all(dim=1)
+    if bad.any():
+        raise InputError(
+            f"image {int(bad.nonzero()[0])} of its {name} part has pixels that are not finite; leave "
+            "such images out, or repair them"
+        )
     if x.shape[1:] != first.shape[1:]:
         raise InputError(
             f"images to test on have the shape {tuple(x.shape[1:])}, those to train on "

@@ -215,6 +215,9 @@ class Rare(Split):
         self.require(self.holders <= clients, f"there are {clients} clients and {self.holders} holders")
         deck = rng.permutation(len(labels))
         rare = labels[deck] == self.label
+        self.require(
+            bool(rare.any()), f"no example has the label {self.label}; choose one that some have"
+        )
         parts = np.array_split(deck[~rare], clients)
         held = np.array_split(deck[rare], self.holders)
         first = clients - self.holders

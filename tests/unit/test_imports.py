@@ -105,6 +105,11 @@ def ours():
     return Dataset("anything", x, y, x, y, 2)
 
 
+def unfinished():
+    x, y = torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])
+    return Dataset("anything", x, y, x.clone().index_fill_(0, y[1:], float("nan")), y, 2)
+
+
 def ours_wrongly():
     x, y = torch.zeros(2, 1, 4, 4), torch.tensor([0, 2])
     return Dataset("anything", x, y, x, y, 2)
@@ -263,6 +268,7 @@ def test_the_data_directory_may_come_from_the_environment(
         ("below", r"labels of its training part are -1 \.\. -1, expected 0 \.\. 1"),
         ("no_label", "item 0 of its training part is ndarray, expected a pair"),
         ("needy", "loading it raised TypeError: .*root"),
+        ("unfinished", r"image 1 of its test part has pixels that are not finite"),
         ("ours_wrongly", r"labels of its training part are 0 \.\. 2, expected 0 \.\. 1"),
     ],
 )

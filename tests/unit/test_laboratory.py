@@ -226,7 +226,7 @@ def test_figures_of_an_attacked_mean() -> None:
 
 def test_a_certificate_is_no_less_than_the_displacement() -> None:
     figures = measure(run(rule="filter", attack="ipm", malicious=2, rounds=4), load("digits"), 1)
-    assert figures["malicious_weight"] == 0
+    assert figures["malicious_weight"] < 1e-6
     assert figures["displacement"] <= figures["certificate"] < np.inf
 
 

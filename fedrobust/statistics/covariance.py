@@ -287,7 +287,10 @@ def tuned(trial: Callable[..., Mask], n: int, eps: float) -> Mask:
 
 
 def within_tails(seen: View, eps: float, tau: float, decay: float) -> Mask:
-    """(m,) bool: the rows up to the first deviation that too many pass. Arguments as `keep`."""
+    """(m,) bool: the rows up to the first deviation that too many pass; of equal ones all or none.
+
+    Arguments as `keep`.
+    """
     T, m = seen.deviations, len(seen.deviations)
     ascending = np.sort(T)
     beyond = m - 1 - np.arange(m)
@@ -295,7 +298,8 @@ def within_tails(seen: View, eps: float, tau: float, decay: float) -> Mask:
     too_many = np.flatnonzero(beyond > m * (12 * np.exp(-decay * ascending) + floor))
     if not len(too_many) or too_many[0] == 0:  # the smallest deviation is no tail
         return np.ones(m, bool)
-    stay: Mask = ascending[too_many[0]] >= T
+    # Copies of a row follow the first of them, so all of them are beyond the one before.
+    stay: Mask = ascending[too_many[0] + 1] > T
     return stay
 
 

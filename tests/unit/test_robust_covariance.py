@@ -143,6 +143,18 @@ def test_size_does_not_help_an_attacker(size: float) -> None:
     assert kept[:-50].mean() > 0.97
 
 
+@pytest.mark.parametrize("size", [12, 1e4])
+@pytest.mark.parametrize("different", [1, 2])
+def test_copies_of_a_row_do_not_hide_behind_each_other(size: float, different: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((4000, 5))
+    rows[:200] = size if different == 1 else size * rng.standard_normal((2, 5)).repeat(100, axis=0)
+    for order in (slice(None), slice(None, None, -1)):
+        kept = keep(rows[order], 0.05)[order]
+        assert not kept[:200].any()
+        assert kept[200:].mean() > 0.98
+
+
 def test_columns_without_spread_are_no_direction() -> None:
     rows, bad = shifted(6, d=5)
     rows = np.hstack([rows, np.full((len(rows), 1), 0.1), rows[:, :1] + rows[:, 1:2]])

@@ -49,7 +49,11 @@ class RobustCovariance(EmpiricalCovariance):  # type: ignore[misc] # scikit-lear
     rows the sampling noise of the fourth moments hides what an attacker does, and so do honest rows
     with tails far heavier than a Gaussian's: where they are, it helps much to know the mean. The kept
     rows' mean is good where their covariance is. Equivariant under affine maps (linear ones if
-    `assume_centered`), up to the tolerance of the iterations; breakdown point eps < 1/2.
+    `assume_centered`), up to the tolerance of the iterations.
+
+    Breakdown point: not 1/2, but (1 - 1/sqrt 3) / 2 = 0.21, and 1/3 if `assume_centered`, at most. Of a
+    far cluster with a larger part of the rows nothing shows: y is then, towards it, one of two numbers,
+    and the variance of its square below 2.
 
     Sources: Diakonikolas, Kamath, Kane, Li, Moitra, Stewart, "Being Robust (in High Dimensions) Can Be
     Practical", ICML 2017 (arXiv 1703.00893), section 3 and appendix; constants and tuning as in the
@@ -59,7 +63,7 @@ class RobustCovariance(EmpiricalCovariance):  # type: ignore[misc] # scikit-lear
     range, the nearest counts.
 
     Attributes:
-        eps: the part that may be arbitrary, in [0, 1/2).
+        eps: the part that may be arbitrary, in [0, 1/2), but see above for large ones.
         tau: the probability of failure that the thresholds allow, in (0, 1).
         decay: k, how fast the tails are taken to fall off; None tunes it.
         assume_centered: the mean is known to be 0.
@@ -107,7 +111,7 @@ class FilteredPCA(PCA):  # type: ignore[misc] # scikit-learn has no types
 
     Everything that `sklearn.decomposition.PCA` has is of the kept rows; `transform` takes all rows.
 
-    Source and guarantee: as `RobustCovariance`.
+    Source, guarantee and breakdown point: as `RobustCovariance`.
 
     Attributes:
         n_components: how many, or the part of the variance to be explained; None is min(n, d).

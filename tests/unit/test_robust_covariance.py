@@ -162,6 +162,17 @@ def test_columns_without_spread_are_no_direction() -> None:
     assert keep(np.ones((10, 2)), 0.1).all()
 
 
+@pytest.mark.parametrize(("centred", "most"), [(False, (1 - 3**-0.5) / 2), (True, 1 / 3)])
+def test_a_far_cluster_breaks_it_from_the_breakdown_point_on(centred: bool, most: float) -> None:
+    rng = np.random.default_rng(0)
+    for eps, found in ((most - 0.05, True), (most + 0.03, False)):
+        rows = rng.standard_normal((5000, 10))
+        bad = round(eps * len(rows))
+        rows[:bad] += 1e3
+        kept = keep(rows, eps, centred=centred)
+        assert kept[:bad].any() != found
+
+
 def test_a_fixed_decay_is_not_tuned() -> None:
     rows, bad = shifted(7)
     gentle, eager = (RobustCovariance(decay=decay).fit(rows).support_ for decay in (0.3, 1.0))

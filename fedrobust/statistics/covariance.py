@@ -6,19 +6,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse.linalg import LinearOperator, eigsh
+from sklearn.base import BaseEstimator
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.decomposition import PCA
-from sklearn.utils import _safe_indexing, check_array
+from sklearn.utils import check_array
+from sklearn.utils.validation import validate_data
 
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
 
 Mask = npt.NDArray[np.bool_]
+Fitted = TypeVar("Fitted", bound=BaseEstimator)
 
 _TRIALS = 10
 """Of tail constants; each halves the interval that is left."""
@@ -100,10 +103,11 @@ class RobustCovariance(EmpiricalCovariance):  # type: ignore[misc] # scikit-lear
             InputError: a parameter is out of its range, or there are too few rows.
             ValueError: `X` is no matrix of finite numbers.
         """
-        self.support_ = _support(self, X)
+        rows = _rows(self, X)
+        self.support_ = _support(self, rows)
         self.weights_ = self.support_ / self.support_.sum()
-        super().fit(_chosen(X, self.support_))
-        return self
+        super().fit(rows[self.support_])
+        return _named(self, X)
 
 
 class FilteredPCA(PCA):  # type: ignore[misc] # scikit-learn has no types
@@ -155,24 +159,30 @@ class FilteredPCA(PCA):  # type: ignore[misc] # scikit-learn has no types
             InputError: a parameter is out of its range, or there are too few rows.
             ValueError: `X` is no matrix of finite numbers, or has fewer than `n_components` columns.
         """
-        self.support_ = _support(self, X)
-        super().fit(_chosen(X, self.support_))
-        return self
+        rows = _rows(self, X)
+        self.support_ = _support(self, rows)
+        super().fit(rows[self.support_])
+        return _named(self, X)
 
     def fit_transform(self, X: Any, y: object = None) -> Any:  # noqa: ANN401, ARG002 (their contract)
         """(n, n_components) float64, the scores of all rows. Arguments and errors as `fit`."""
         return self.fit(X).transform(X)
 
     def __sklearn_tags__(self) -> Any:  # noqa: ANN401 (scikit-learn has no types)
-        """What scikit-learn may hand over: as PCA, but no sparse matrices or other libraries' arrays."""
+        """As PCA's, but no sparse matrices or other libraries' arrays, and what it gives is float64."""
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = False
         tags.array_api_support = False
+        tags.transformer_tags.preserves_dtype = ["float64"]
         return tags
 
 
-def _support(estimator: RobustCovariance | FilteredPCA, X: Any) -> Mask:  # noqa: ANN401 (anything like an array)
-    rows = check_array(X, dtype=np.float64, ensure_min_samples=2, estimator=estimator)
+def _rows(estimator: BaseEstimator, X: Any) -> Matrix:  # noqa: ANN401 (anything like an array)
+    rows: Matrix = check_array(X, dtype=np.float64, ensure_min_samples=2, estimator=estimator)
+    return rows
+
+
+def _support(estimator: RobustCovariance | FilteredPCA, rows: Matrix) -> Mask:
     return keep(
         rows,
         estimator.eps,
@@ -182,8 +192,10 @@ def _support(estimator: RobustCovariance | FilteredPCA, X: Any) -> Mask:  # noqa
     )
 
 
-def _chosen(X: Any, support: Mask) -> Any:  # noqa: ANN401 (a frame stays one, with its names)
-    return _safe_indexing(X if hasattr(X, "shape") else np.asarray(X), np.flatnonzero(support))
+def _named(estimator: Fitted, X: Any) -> Fitted:  # noqa: ANN401 (as above)
+    """The estimator, with the names that the columns of a frame have: it was fitted to float64 rows."""
+    validate_data(estimator, X, skip_check_array=True)
+    return estimator
 
 
 def keep(

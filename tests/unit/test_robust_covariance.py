@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.base import clone
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.decomposition import PCA
 from sklearn.utils.estimator_checks import check_estimator
@@ -86,6 +89,24 @@ def test_components_are_those_of_the_rows_kept() -> None:
     np.testing.assert_array_equal(scores, filtered.transform(rows))
     whole = FilteredPCA().fit(rows)
     np.testing.assert_allclose(whole.inverse_transform(whole.transform(rows)), rows)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float32", "object", "frame"])
+@pytest.mark.parametrize(
+    "estimator",
+    [RobustCovariance(), RobustCovariance(assume_centered=True), FilteredPCA(n_components=2)],
+    ids=["covariance", "centred covariance", "components"],
+)
+def test_whole_and_narrow_numbers_are_as_wide_ones(estimator: Any, kind: str) -> None:
+    wide = np.round(np.random.default_rng(0).normal(size=(500, 4)) * [4, 12, 20, 28]).clip(-127, 127)
+    wide = wide + 1e6 if kind == "float32" else wide
+    given: Any = wide.astype("int8" if kind == "frame" else kind)
+    given = pd.DataFrame(given) if kind == "frame" else given
+    plain, found = clone(estimator).fit(wide), clone(estimator).fit(given)
+    for name in ("location_", "covariance_", "components_", "explained_variance_", "mean_"):
+        if hasattr(plain, name):
+            np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
+            assert getattr(found, name).dtype == np.float64
 
 
 @settings(max_examples=20, deadline=None)

@@ -114,6 +114,33 @@ def test_enormous_rows_take_nothing_from_the_others(form: dict[str, Any], size: 
     assert found.weights_[:100].max() < 1e-6
 
 
+@pytest.mark.parametrize("formed", [True, False])
+@pytest.mark.parametrize("size", [30, 1e3, 1e6])
+def test_what_is_left_is_seen_as_it_is_once_far_rows_are_cut(
+    size: float, formed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not formed:
+        monkeypatch.setattr(tails, "MOST_COORDINATES", 1)
+    rng = np.random.default_rng(11)
+    X = rng.normal(size=(1000, 5))
+    X[:110] = size * rng.normal(size=(2, 5)).repeat(55, axis=0)
+    X[110:120, 3] += 10
+    found = RobustMean(eps=0.05, covariance="identity").fit(X)
+    assert not found.weights_[:120].any()
+    left = np.cov(X[found.weights_ > 0].T, bias=True)
+    assert found.certificate_.spread**2 == pytest.approx(np.linalg.eigvalsh(left).max(), rel=1e-3)
+
+
+def test_what_is_still_there_when_the_budget_is_spent_is_told() -> None:
+    rng = np.random.default_rng(10)
+    X = rng.normal(size=(1000, 5))
+    X[:110] = 1e6 * rng.normal(size=5)
+    X[110:150, 3] += 10
+    found = RobustMean(eps=0.05, covariance="identity").fit(X)
+    assert found.weights_[110:150].any()
+    assert found.verdict_ is Verdict.EXCEEDED
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), shift=st.floats(-1e3, 1e3), form=st.sampled_from(FORMS))
 def test_it_moves_with_the_rows(seed: int, shift: float, form: dict[str, Any]) -> None:

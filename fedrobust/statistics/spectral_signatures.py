@@ -50,7 +50,7 @@ class SpectralSignatures(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         """Score all examples, each among those of its label.
 
         Args:
-            X: (n, p) representations.
+            X: (n, p) representations; each class is converted to float64.
             y: (n,) the labels that were trained on; None takes all examples for one class.
 
         Raises:
@@ -70,7 +70,7 @@ class SpectralSignatures(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         self.support_ = np.ones(len(rows), bool)
         for label in self.classes_:
             members = np.flatnonzero(labels == label)
-            scores = self._scores(rows[members])
+            scores = self._scores(rows[members].astype(np.float64))
             self.scores_[members] = scores
             # Ties go by the order of the examples, so that a run repeats.
             order = np.argsort(-scores, kind="stable")
@@ -86,7 +86,8 @@ class SpectralSignatures(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
             return np.zeros(1)  # nothing to compare it with
         if self.rule is None:
             return top_direction(members)
-        found = aggregate(members, self.rule, eps=self.eps, certified=False).scores
+        middle = np.median(members, axis=0)  # classes may lie anywhere, and rules measure from a point
+        found = aggregate(members, self.rule, eps=self.eps, reference=middle, certified=False).scores
         if found is None:
             raise InputError(f"the rule {self.rule} gives no scores; take filter or entropy_filter")
         return found
@@ -97,7 +98,7 @@ def top_direction(X: Matrix) -> Vector:
 
     By the smaller of the two sides: p x p or n x n.
     """
-    centred = X.astype(np.float64) - X.mean(axis=0, dtype=np.float64)
+    centred = X - X.mean(axis=0)
     if len(X) <= X.shape[1]:
         values, vectors = np.linalg.eigh(centred @ centred.T)
         top: Vector = values[-1] * vectors[:, -1] ** 2

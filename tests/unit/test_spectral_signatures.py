@@ -43,6 +43,18 @@ def test_the_poisoned_ones_go(rule: str | None) -> None:
     assert found.scores_[:count].min() > np.median(found.scores_[count:200])
 
 
+@pytest.mark.parametrize("rule", [None, "filter", "entropy_filter"])
+@pytest.mark.parametrize(("dtype", "offset"), [(np.float32, 1e3), (np.float32, 1e5), (np.float64, 1e9)])
+def test_what_representations_have_in_common_does_not_count(
+    rule: str | None, dtype: type[np.floating], offset: float
+) -> None:
+    X, y, count = poisoned()
+    found = SpectralSignatures(0.1, rule=rule).fit((X + offset).astype(dtype), y)
+    assert not found.support_[:count].any()
+    plain = SpectralSignatures(0.1, rule=rule).fit(X, y)
+    np.testing.assert_allclose(found.scores_, plain.scores_, rtol=0.05, atol=0.1 * plain.scores_.max())
+
+
 @pytest.mark.parametrize("shape", [(50, 8), (8, 50)])
 def test_both_sides_give_the_squared_projections(shape: tuple[int, int]) -> None:
     X = np.random.default_rng(1).normal(size=shape)

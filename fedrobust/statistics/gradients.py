@@ -122,6 +122,7 @@ def module_gradients(
     """Per-example gradients of a module's loss in all parameters that are trained.
 
     Taken in evaluation mode: what an example's gradient is must not depend on the others, nor on chance.
+    The module and its parts are left in the modes that they were in.
 
     Args:
         module: any that torch.func can differentiate.
@@ -140,12 +141,13 @@ def module_gradients(
     def loss_of_one(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return loss(functional_call(module, {**values, **others}, (x[None],)), y[None])
 
-    was_training = module.training
+    training = {part: part.training for part in module.modules()}  # some may be frozen
     module.eval()
     try:
         each = vmap(grad(loss_of_one), in_dims=(None, 0, 0), chunk_size=chunk)
         found = each(parameters, inputs, targets)
     finally:
-        module.train(was_training)
+        for part, flag in training.items():
+            part.training = flag
     flat = torch.cat([found[name].flatten(1) for name in parameters], dim=1)
     return np.asarray(flat.double().cpu().numpy())

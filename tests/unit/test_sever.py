@@ -139,6 +139,19 @@ def test_a_module_classifies() -> None:
     assert not hasattr(robust, "predict_proba")  # as its estimator
 
 
+def test_every_part_of_a_module_keeps_its_mode() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 2))
+    module[1].eval()
+    modes = [part.training for part in module.modules()]
+    x, y = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
+    first, again = (module_gradients(module, cross_entropy, x, y) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert [part.training for part in module.modules()] == modes
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        module_gradients(module, cross_entropy, torch.ones(4), y)
+    assert [part.training for part in module.modules()] == modes
+
+
 def test_a_module_without_penalty_is_least_squares() -> None:
     (X, y), _ = regression()
     weights = np.linspace(0, 1, len(y))

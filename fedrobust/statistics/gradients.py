@@ -48,9 +48,9 @@ def linear_gradients(model: BaseEstimator, X: Gradients, y: npt.NDArray[np.gener
     Known: squared loss (Ridge, LinearRegression, Lasso, ElasticNet, SGDRegressor, RidgeClassifier),
     logistic loss (LogisticRegression, SGDClassifier; softmax for several classes), hinge and squared
     hinge (LinearSVC, SVC with the linear kernel and two classes, SGDClassifier; one against the rest for
-    several classes). The regulariser's gradient, the same for all examples, is left out. At a hinge's
-    kink the gradient is 0, so that examples exactly on the margin are not seen; the dual variables of
-    an exact solver tell what they weigh.
+    several classes, so not LinearSVC with multi_class="crammer_singer"). The regulariser's gradient, the
+    same for all examples, is left out. At a hinge's kink the gradient is 0, so that examples exactly on
+    the margin are not seen; the dual variables of an exact solver tell what they weigh.
 
     Args:
         model: fitted.
@@ -101,7 +101,9 @@ _SLOPES: dict[str, Callable[[Matrix, Matrix], Matrix]] = {
 
 def _loss_of(model: BaseEstimator) -> str:
     loss = ""
-    if isinstance(model, LinearSVC | SGDClassifier | SGDRegressor):
+    if isinstance(model, LinearSVC):
+        loss = model.loss if model.multi_class == "ovr" else ""  # crammer_singer's is of all outputs
+    elif isinstance(model, SGDClassifier | SGDRegressor):
         loss = model.loss
     elif isinstance(model, SVC) and model.kernel == "linear" and len(model.classes_) == 2:
         loss = "hinge"

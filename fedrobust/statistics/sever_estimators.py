@@ -101,9 +101,9 @@ class SeverRegressor(RegressorMixin, _Sever):  # type: ignore[misc] # scikit-lea
     """Regression on data of which a share may be hostile: `sever` around any differentiable regressor.
 
     Args:
-        estimator: Ridge() if None; any linear model with squared loss, `ModuleRegressor` (any torch
-            module and loss), whatever has a method `per_example_gradients(X, y)`, or any at all with
-            `gradients`.
+        estimator: Ridge() if None; LinearRegression, Lasso, ElasticNet, SGDRegressor with squared loss,
+            `ModuleRegressor` (any torch module and loss), whatever has a method
+            `per_example_gradients(X, y)`, or any at all with `gradients`.
         eps: the share of the examples that may be bad.
         removal: "quantile", "random" or "soft" (needs an estimator with sample_weight), see `sever`.
         rounds: at most so many removals, see `sever`.
@@ -158,7 +158,8 @@ class SeverClassifier(ClassifierMixin, _Sever):  # type: ignore[misc] # scikit-l
     """Classification on data of which a share may be hostile: `sever` in each class.
 
     Args:
-        estimator: LogisticRegression() if None; LinearSVC, SGDClassifier with hinge or log loss,
+        estimator: LogisticRegression() if None; LinearSVC (one against the rest), SGDClassifier with
+            hinge, squared hinge, log or squared loss, SVC with the linear kernel for two classes,
             RidgeClassifier, `ModuleClassifier` (any torch module and loss), whatever has a method
             `per_example_gradients(X, y)`, or any at all with `gradients`.
         eps: the share of each class that may be bad. Where eps' of all examples may be and all of them

@@ -225,6 +225,16 @@ def test_no_intercept_no_column() -> None:
     assert linear_gradients(SVC(kernel="linear").fit(X, two), X, two).shape == (600, 21)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_loss_over_all_classes_is_not_taken_for_one_against_the_rest(labels: int) -> None:
+    X, y = load_iris(return_X_y=True)
+    X, y = X[y < labels], y[y < labels]
+    model = LinearSVC(multi_class="crammer_singer", random_state=0).fit(X, y)
+    with pytest.raises(InputError, match="no closed-form gradients for LinearSVC"):
+        linear_gradients(model, X, y)
+
+
 def test_given_gradients_serve_any_estimator() -> None:
     (X, y), theta = regression()
     with pytest.raises(InputError, match="no closed-form gradients for HuberRegressor"):

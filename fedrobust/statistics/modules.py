@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 from torch.func import vmap
@@ -52,10 +53,10 @@ class _Module(BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
         self, loss: Loss, inputs: Tensor, targets: Tensor, sample_weight: npt.ArrayLike | None
     ) -> None:
         shares = np.ones(len(inputs)) if sample_weight is None else np.asarray(sample_weight, np.float64)
-        if shares.shape != (len(inputs),) or not shares.sum() > 0:
-            raise InputError(
-                f"sample_weight must be {len(inputs)} numbers of positive sum, got shape {shares.shape}"
-            )
+        if shares.shape != (len(inputs),):
+            raise InputError(f"sample_weight must be {len(inputs)} numbers, got shape {shares.shape}")
+        if not shares.sum() > 0:
+            raise InputError(f"sample_weight must add up to more than zero, got {shares.sum()}")
         weights = torch.as_tensor(shares / shares.sum(), dtype=inputs.dtype)
         each = vmap(lambda output, target: loss(output[None], target[None]))
         # In evaluation mode throughout, so that what is fitted is what the gradients are taken of.
@@ -131,23 +132,41 @@ class ModuleClassifier(ClassifierMixin, _Module):  # type: ignore[misc] # scikit
     ) -> ModuleClassifier:
         """Fit to (n, d) X and (n,) labels under (n,) weights."""
         inputs, labels = validate_data(self, X, y)
+        check_classification_targets(labels)
         self.classes_, targets = np.unique(labels, return_inverse=True)
         self._start()
         self._descend(self._loss, self._tensor(inputs), torch.as_tensor(targets), sample_weight)
         return self
 
     def decision_function(self, X: npt.ArrayLike) -> Matrix:
-        """(m, k) float64, the outputs of the module."""
-        return np.asarray(self._outputs(X).double().numpy())
+        """(m, k) float64, the module's outputs; for two classes (m,), the second's less the first's.
+
+        So that a larger one speaks for the second of two classes, as scikit-learn's scorers take it.
+        """
+        scores = self._scores(X)
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         """(m,) the labels with the largest output."""
-        chosen: npt.NDArray[Any] = self.classes_[
-            self.decision_function(X)[:, : len(self.classes_)].argmax(1)
-        ]
+        largest = self._scores(X).argmax(axis=1)
+        chosen: npt.NDArray[Any] = self.classes_[largest]
         return chosen
 
+    def _scores(self, X: npt.ArrayLike) -> Matrix:
+        return np.asarray(self._outputs(X).double().numpy())[:, : len(self.classes_)]
+
     def per_example_gradients(self, X: Matrix, y: npt.NDArray[Any]) -> Matrix:
-        """(n, p) float64 of the loss at the fitted parameters."""
+        """(n, p) float64 of the loss at the fitted parameters.
+
+        Raises:
+            InputError: a label is none of `classes_`.
+        """
+        check_is_fitted(self, "module_")
+        strange = np.setdiff1d(y, self.classes_)
+        if len(strange):
+            raise InputError(
+                f"y holds the label {strange[0]!r}, which is none of the {len(self.classes_)} classes "
+                "fitted to; give labels that are in classes_"
+            )
         targets = torch.as_tensor(np.searchsorted(self.classes_, y))
         return module_gradients(self.module_, self._loss, self._tensor(X), targets)

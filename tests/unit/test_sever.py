@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.sparse import csr_matrix
 from sklearn.datasets import load_iris
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import (
     HuberRegressor,
     Lasso,
@@ -25,11 +26,12 @@ from sklearn.linear_model import (
     SGDClassifier,
     SGDRegressor,
 )
+from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC, LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss, softplus
+from torch.nn.functional import cross_entropy, mse_loss, pad, softplus
 
 from fedrobust import InputError
 from fedrobust.reproductions import Experiment, sever_defences, sever_regression, sever_svm
@@ -51,6 +53,30 @@ Data = tuple[np.ndarray, np.ndarray]
 
 @parametrize_with_checks([SeverRegressor(), SeverClassifier()])
 def test_the_contract_of_scikit_learn(estimator: Any, check: Callable[[Any], None]) -> None:
+    check(estimator)
+
+
+class AnyWidth(nn.Module):
+    """Linear, of inputs of any width up to 40, as the contract's checks give."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(40, outputs).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.linear(pad(x, (0, 40 - x.shape[-1]))))
+
+
+def expected(_estimator: Any) -> dict[str, str]:
+    return {"check_estimators_overwrite_params": "joblib's hash of a module's copy is another one"}
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@parametrize_with_checks(
+    [ModuleRegressor(AnyWidth(1)), ModuleClassifier(AnyWidth(10))],
+    expected_failed_checks=expected,
+)
+def test_the_contract_of_scikit_learn_by_modules(estimator: Any, check: Callable[[Any], None]) -> None:
     check(estimator)
 
 
@@ -150,6 +176,32 @@ def test_every_part_of_a_module_keeps_its_mode() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         module_gradients(module, cross_entropy, torch.ones(4), y)
     assert [part.training for part in module.modules()] == modes
+
+
+def test_a_module_scores_two_classes_by_one_number_and_more_by_one_each() -> None:
+    _, (X, y) = classes(n=300)
+    module = ModuleClassifier(nn.Linear(10, 4)).fit(X, y)  # with more outputs than classes
+    scores = module.decision_function(X)
+    assert scores.shape == (300,)
+    assert np.array_equal(module.predict(X), np.where(scores > 0, "spam", "ham"))
+    for estimator in (module, SeverClassifier(module, eps=0.2)):
+        areas = cross_val_score(estimator, X, y, scoring="roc_auc", cv=2, error_score="raise")
+        assert areas.min() > 0.9
+    three = np.arange(300) % 3
+    assert module.fit(X, three).decision_function(X).shape == (300, 3)
+
+
+def test_a_module_refuses_what_are_no_labels_of_its_own() -> None:
+    (X, y), _ = classes(n=300)
+    module = ModuleClassifier(nn.Linear(10, 2))
+    with pytest.raises(NotFittedError):
+        module.predict(X)
+    with pytest.raises(NotFittedError):
+        module.per_example_gradients(X, y)
+    with pytest.raises(ValueError, match="continuous"):
+        module.fit(X, X[:, 0])
+    with pytest.raises(InputError, match=r"y holds the label .*eggs.*, which is none of the 2 classes"):
+        module.fit(X, y).per_example_gradients(X[:3], np.array(["ham", "spam", "eggs"]))
 
 
 def test_a_module_without_penalty_is_least_squares() -> None:
@@ -379,7 +431,9 @@ def test_bad_estimators() -> None:
         SeverRegressor(ModuleRegressor()).fit(X, y)
     with pytest.raises(InputError, match="needs sample_weight"):
         SeverClassifier(KNeighborsClassifier(), removal="soft").fit(X, np.sign(y))
-    with pytest.raises(InputError, match="sample_weight must be 600 numbers"):
+    with pytest.raises(InputError, match=r"sample_weight must be 600 numbers, got shape \(599,\)"):
+        ModuleRegressor(nn.Linear(20, 1)).fit(X, y, np.ones(599))
+    with pytest.raises(InputError, match=r"must add up to more than zero, got 0\.0"):
         ModuleRegressor(nn.Linear(20, 1)).fit(X, y, np.zeros(600))
     with pytest.raises(InputError, match="at least two classes, got one class"):
         SeverClassifier().fit(X, np.ones(600))

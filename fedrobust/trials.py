@@ -61,26 +61,41 @@ def read(path: Path) -> list[Trial]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Several seeds' figures: mean, standard deviation, and how many."""
+    """Several seeds' figures.
+
+    Attributes:
+        mean: of those that are finite.
+        spread: their standard deviation.
+        count: how many they are.
+        lost: how many are not finite.
+    """
 
     mean: float
     spread: float
     count: int
+    lost: int = 0
 
     def __str__(self) -> str:
         """As a table shows it; one value has no spread."""
         if not self.count:
-            return ""
-        return f"{self.mean:.3g}" + (f" ± {self.spread:.2g}" if self.count > 1 else "")
+            return self.share.lstrip()
+        return f"{self.mean:.3g}" + (f" ± {self.spread:.2g}" if self.count > 1 else "") + self.share
+
+    @property
+    def share(self) -> str:
+        """What stands behind the mean where it is not of all: " (2 of 3 finite)"."""
+        return f" ({self.count} of {self.count + self.lost} finite)" if self.lost else ""
 
 
 def summary(values: Iterable[float]) -> Summary:
-    """Mean and sample standard deviation; those that are not finite are left out."""
-    finite = [value for value in values if math.isfinite(value)]
+    """Mean and sample standard deviation of what is finite, and how much is not."""
+    every = list(values)
+    finite = [value for value in every if math.isfinite(value)]
+    lost = len(every) - len(finite)
     if not finite:
-        return Summary(math.nan, math.nan, 0)
-    spread = float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0
-    return Summary(float(np.mean(finite)), spread, len(finite))
+        return Summary(math.nan, math.nan, 0, lost)
+    spread = float(np.std(finite, ddof=1)) if len(set(finite)) > 1 else 0.0
+    return Summary(float(np.mean(finite)), spread, len(finite), lost)
 
 
 def grouped(

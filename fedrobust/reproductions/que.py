@@ -366,7 +366,7 @@ def _cells(trials: Sequence[Trial], name: str, data: str, d: int, ks: Sequence[i
 def _cell(found: Summary | None) -> str:
     if found is None:  # a peer that was not there for all trials
         return ""
-    return f"{found.mean:.3f}" + (f" ± {found.spread:.3f}" if found.count > 1 else "")
+    return f"{found.mean:.3f}" + (f" ± {found.spread:.3f}" if found.count > 1 else "") + found.share
 
 
 def draw(trials: Sequence[Trial], _data: Path | None = None) -> Figure:

@@ -182,7 +182,8 @@ def tables(trials: Sequence[Trial]) -> str:
                 known = theirs.get((eps, defence))
                 # Where Sever works, errors differ in the third decimal.
                 spread = f" ± {ours.spread:.1g}" if ours.spread else ""
-                row.append(f"{ours.mean:.4g}{spread}" + ("" if known is None else f" ({known:.4g})"))
+                cell = f"{ours.mean:.4g}{spread}{ours.share}"
+                row.append(cell + ("" if known is None else f" ({known:.4g})"))
             rows.append(row)
         parts.append(
             f"Mean squared test error, {name}; in brackets the published one.\n\n"

@@ -255,7 +255,7 @@ def _titled(title: str, arena: Arena) -> str:
 def _figure(cell: Summary) -> str:
     if not cell.count:
         return _NONE
-    return f"{cell.mean:.1f}" + (f" ± {cell.spread:.1f}" if cell.count > 1 else "")
+    return f"{cell.mean:.1f}" + (f" ± {cell.spread:.1f}" if cell.count > 1 else "") + cell.share
 
 
 def worst_figure(fields: Sequence[Arena]) -> Figure:

@@ -57,7 +57,9 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_summaries() -> None:
-    assert str(summary([1.0, math.nan])) == "1"
+    assert str(summary([0.03, math.inf, math.nan])) == "0.03 (1 of 3 finite)"
+    assert str(summary([1.0, 3.0, -math.inf])) == "2 ± 1.4 (2 of 3 finite)"
+    assert str(summary([math.nan])) == "(0 of 1 finite)"
     assert str(summary([1.0, 1.0])) == "1 ± 0"
     assert str(summary([])) == ""
     trials = [Trial({"d": 1}, seed, {"e": float(seed)}, 0.0) for seed in range(3)]

@@ -8,7 +8,7 @@ attack, and `published/sever_synthetic.csv`, the attacks of the figures.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +23,16 @@ from fedrobust.kernels import Matrix, Vector
 from fedrobust.reproductions.experiment import Experiment, published
 from fedrobust.reproductions.sever_defences import COLORS, DEFENCES, Problem, defended, read
 from fedrobust.statistics.severing import Gradients
-from fedrobust.trials import Setting, Trial, grouped, table
+from fedrobust.trials import Setting, Summary, Trial, grouped, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Labels = npt.NDArray[np.int64]
+Attack = tuple[float, str, int]
+"""One of the published attacks on Enron: eps, suite, number."""
+Errors = Mapping[str, Mapping[Attack, Summary]]
+"""By defence, then by attack."""
 
 ROUNDS = 2
 NAMES = {"l2": "xCentered", "sever": "SVD"}
@@ -245,17 +249,22 @@ def hardest(eps: float, target: str) -> list[tuple[str, int]]:
     return [(row["suite"], int(row["attack_id"])) for row in rows]
 
 
-def _published(setting: Setting) -> dict[str, float]:
-    """The published errors of one attack; RANSAC's were not kept."""
+def _published(attack: Attack) -> dict[str, float]:
+    """The published errors under one attack; RANSAC's were not kept."""
     for row in published("sever_enron"):
-        if (float(row["eps"]), row["suite"], int(row["attack_id"])) == _identity(setting):
+        if (float(row["eps"]), row["suite"], int(row["attack_id"])) == attack:
             names = {defence: NAMES.get(defence, defence) for defence in DEFENCES}
             return {defence: float(row[name]) for defence, name in names.items() if name in row}
     return {}
 
 
-def _identity(setting: Setting) -> tuple[float, str, int]:
+def _attack(setting: Setting) -> Attack:
     return setting["eps"], setting["suite"], setting["attack"]
+
+
+def _errors(mails: Sequence[Trial]) -> Errors:
+    """Over the seeds, of which RANSAC alone makes use."""
+    return {d: grouped(mails, _attack, d) for d in DEFENCES}
 
 
 def tables(trials: Sequence[Trial]) -> str:
@@ -264,18 +273,19 @@ def tables(trials: Sequence[Trial]) -> str:
     others = [trial for trial in trials if trial.setting["data"] == "synthetic"]
     parts = []
     if mails:
+        errors = _errors(mails)
         rows = [
-            [target, eps, "{}/{}".format(*hardest(eps, target)[0]), *_beside(trial)]
+            [target, eps, "{}/{}".format(*attack[1:]), *_beside(errors, attack)]
             for target in TARGETS
-            for eps, trial in _figure(mails, target).items()
+            for eps, attack in _figure(errors, target).items()
         ]
         parts = [
             "Test error on Enron under the attack hardest for a target; in brackets the published one.",
             f"Clean: {mails[0].figures['uncorrupted']:.3g} (0.03).",
             table(["target", "eps", "attack", *DEFENCES], rows),
             "The same, each defence under the worst for it of the attacks that were tried.",
-            table(["eps", "attacks", *DEFENCES], _worst(mails)),
-            _verdict(mails),
+            table(["eps", "attacks", *DEFENCES], _worst(errors)),
+            _verdict(errors),
         ]
     if others:
         theirs = [
@@ -299,45 +309,44 @@ def tables(trials: Sequence[Trial]) -> str:
     return "\n\n".join(parts)
 
 
-def _beside(trial: Trial) -> list[str]:
-    theirs = _published(trial.setting)
-    return [f"{trial.figures[d]:.3g}" + (f" ({theirs[d]:.3g})" if d in theirs else "") for d in DEFENCES]
+def _beside(errors: Errors, attack: Attack) -> list[str]:
+    theirs = _published(attack)
+    return [f"{errors[d][attack]}" + (f" ({theirs[d]:.3g})" if d in theirs else "") for d in DEFENCES]
 
 
-def _figure(mails: Sequence[Trial], target: str) -> dict[float, Trial]:
-    """By eps the trial of the published attack that was the hardest for the target."""
-    found = {}
-    for trial in mails:
-        eps = trial.setting["eps"]
-        if _identity(trial.setting)[1:] == hardest(eps, target)[0]:
-            found[eps] = trial
-    return dict(sorted(found.items()))
+def _figure(errors: Errors, target: str) -> dict[float, Attack]:
+    """By eps the published attack that was the hardest for the target."""
+    tried = sorted(errors[target])
+    return {attack[0]: attack for attack in tried if attack[1:] == hardest(attack[0], target)[0]}
 
 
-def _worst(mails: Sequence[Trial]) -> list[list[object]]:
+def _worst(errors: Errors) -> list[list[object]]:
+    tried = list(errors["none"])
     rows = []
-    for eps in sorted({trial.setting["eps"] for trial in mails}):
-        some = [trial for trial in mails if trial.setting["eps"] == eps]
-        theirs = [_published(trial.setting) for trial in some]
+    for eps in sorted({attack[0] for attack in tried}):
+        some = [attack for attack in tried if attack[0] == eps]
+        theirs = [_published(attack) for attack in some]
         row: list[object] = [eps, len(some)]
         for d in DEFENCES:
-            known = f" ({max(found[d] for found in theirs):.3g})" if d in theirs[0] else ""
-            row.append(f"{max(trial.figures[d] for trial in some):.3g}{known}")
+            beside = f" ({max(known[d] for known in theirs):.3g})" if d in theirs[0] else ""
+            row.append(f"{max((errors[d][attack] for attack in some), key=lambda s: s.mean)}{beside}")
         rows.append(row)
     return rows
 
 
-def _verdict(mails: Sequence[Trial]) -> str:
+def _verdict(errors: Errors) -> str:
     gaps = {
-        d: [t.figures[d] - _published(t.setting)[d] for t in mails] for d in DEFENCES if d != "ransac"
+        d: [ours.mean - _published(attack)[d] for attack, ours in errors[d].items()]
+        for d in DEFENCES
+        if d != "ransac"
     }
     sums = ", ".join(
         f"{d}: mean {np.mean(gap):+.4f}, largest {max(map(abs, gap)):.4f}" for d, gap in gaps.items()
     )
     lower = sum(gap <= 1e-6 for gap in gaps["sever"])
     return (
-        f"Ours minus published, over {len(mails)} attacks: {sums}. Sever is at or below at {lower}, "
-        f"above by {max(gaps['sever']):.4f} at most."
+        f"Ours minus published, over {len(gaps['sever'])} attacks: {sums}. Sever is at or below at "
+        f"{lower}, above by {max(gaps['sever']):.4f} at most."
     )
 
 
@@ -347,14 +356,15 @@ def draw(trials: Sequence[Trial], _data: Path | None = None) -> Figure:
 
     mails = [trial for trial in trials if trial.setting["data"] == "enron"]
     others = [trial for trial in trials if trial.setting["data"] == "synthetic"]
+    errors = _errors(mails)
     figure = Figure(figsize=(20, 4.5), layout="constrained")
     panels = figure.subplots(1, len(TARGETS) + 1)
     for panel, target in zip(panels, TARGETS, strict=False):
-        chosen = _figure(mails, target)
+        chosen = _figure(errors, target)
         for d in DEFENCES:
             options: dict[str, Any] = {"color": COLORS[d], "marker": "."}
-            panel.plot(list(chosen), [t.figures[d] for t in chosen.values()], label=d, **options)
-            known = [_published(t.setting).get(d, np.nan) for t in chosen.values()]
+            panel.plot(list(chosen), [errors[d][a].mean for a in chosen.values()], label=d, **options)
+            known = [_published(attack).get(d, np.nan) for attack in chosen.values()]
             panel.plot(list(chosen), known, linestyle="--", linewidth=1, **options)
         panel.set(title=f"Enron, hardest for {target}\n(dashed: published)")
     for d in DEFENCES:

@@ -525,6 +525,21 @@ def test_absent_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sever_defences.read("qsar.npz", tmp_path)
 
 
+def test_seeds_are_no_further_attacks() -> None:
+    """Only RANSAC draws, so only its errors have a spread."""
+    same = dict.fromkeys(("uncorrupted", *DEFENCES), 0.1)
+    trials = [
+        Trial(t.setting, t.seed, {**same, "ransac": 0.1 * t.seed}, 0.0)
+        for t in sever_svm.EXPERIMENT.plan(quick=True, seeds=3)
+        if t.setting["data"] == "enron"
+    ]
+    attacks = len(trials) // 3
+    page = sever_svm.tables(trials)
+    assert f"over {attacks} attacks" in page
+    assert f"| 0.03 | {attacks // 2} | 0.1 ± 0 (" in page
+    assert "| 0.1 ± 0.1 | 0.1 ± 0 (" in page
+
+
 @pytest.mark.parametrize("experiment", [sever_regression.EXPERIMENT, sever_svm.EXPERIMENT])
 def test_pages_of_experiments(experiment: Experiment) -> None:
     """Tables and figures are made of whatever trials there are."""

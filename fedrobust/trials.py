@@ -28,12 +28,14 @@ class Trial:
         seed: of everything random in it.
         figures: what was measured, by name.
         seconds: how long it took.
+        version: of fedrobust that ran it; "" if that was not kept.
     """
 
     setting: Setting
     seed: int
     figures: Mapping[str, float]
     seconds: float
+    version: str = ""
 
     @property
     def key(self) -> str:

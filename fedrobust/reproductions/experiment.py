@@ -6,11 +6,13 @@ import csv
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedrobust import __version__
+from fedrobust.errors import InputError
 from fedrobust.trials import Setting, Trial, read
 
 if TYPE_CHECKING:
@@ -64,11 +66,18 @@ class Experiment:
             watch: is told what comes next.
 
         Raises:
-            InputError: the data is not there, or `trials.jsonl` holds something else.
+            InputError: the data is not there, or `trials.jsonl` holds something else or trials that
+                another version of fedrobust ran.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "trials.jsonl"
         kept = {trial.key: trial for trial in read(path)}
+        if others := {trial.version for trial in kept.values()} - {__version__}:
+            versions = ", ".join(version or "of an unknown version" for version in sorted(others))
+            raise InputError(
+                f"{path} holds trials of fedrobust {versions}, and this is {__version__}: "
+                "move the folder away, or give another one with --to"
+            )
         done: list[Trial] = []
         with path.open("a") as file:
             for planned in plan:
@@ -78,7 +87,7 @@ class Experiment:
                     began = time.perf_counter()
                     figures = self.trial(planned.setting, planned.seed, data_dir)
                     seconds = time.perf_counter() - began
-                    trial = Trial(planned.setting, planned.seed, figures, seconds)
+                    trial = replace(planned, figures=figures, seconds=seconds, version=__version__)
                     file.write(json.dumps(trial.__dict__) + "\n")
                     file.flush()
                 done.append(trial)
@@ -90,7 +99,8 @@ class Experiment:
         """Markdown, beside `figure.png`."""
         seconds = sum(trial.seconds for trial in trials)
         parts = [f"# {self.title}", self.tables(trials), f"![{self.title}](figure.png)"]
-        return "\n\n".join([*parts, f"{len(trials)} trials, {seconds:.0f} s in all.\n"])
+        end = f"{len(trials)} trials by fedrobust {__version__}, {seconds:.0f} s in all.\n"
+        return "\n\n".join([*parts, end])
 
 
 def published(name: str) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ import torch
 from fedrobust_server import lifeline
 from fedrobust_server.launch import start_ray
 
-from fedrobust import InputError
+from fedrobust import InputError, __version__
 from fedrobust.data import load
 from fedrobust.trials import Setting, Trial, read
 from fedrobust_laboratory.certification import parse_plan
@@ -108,7 +108,7 @@ def _run(planned: Trial, data_dir: Path | None, evaluations: int) -> Trial:
         figures = measure(config, _load(config.task.dataset, data_dir), evaluations, plan)
     except InputError as error:
         figures = {"refused": str(error)}
-    return Trial(planned.setting, planned.seed, figures, time.perf_counter() - began)
+    return Trial(planned.setting, planned.seed, figures, time.perf_counter() - began, __version__)
 
 
 def write_csv(trials: Sequence[Trial], path: Path) -> None:

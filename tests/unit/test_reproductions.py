@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
-from fedrobust import InputError
+from fedrobust import InputError, __version__
 from fedrobust.cli import main
 from fedrobust.reproductions import CATALOG, Experiment
 from fedrobust.trials import Trial, grouped, read, summary, table
@@ -46,6 +47,26 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     assert "| 2 | 2.5 ± 0.71 |" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "figure.png").stat().st_size > 0
     assert read(tmp_path / "trials.jsonl") == trials
+
+
+@pytest.mark.parametrize(("version", "told"), [("0.0.9", "0.0.9"), (None, "of an unknown version")])
+def test_figures_of_another_version_are_not_taken_for_new(
+    tmp_path: Path, version: str | None, told: str
+) -> None:
+    experiment = counting([])
+    experiment.run(experiment.plan(quick=True), tmp_path)
+    assert f"1 trials by fedrobust {__version__}, 0 s in all." in (tmp_path / "README.md").read_text()
+    path = tmp_path / "trials.jsonl"
+    kept = json.loads(path.read_text())
+    assert kept.pop("version") == __version__
+    path.write_text(json.dumps(kept if version is None else {**kept, "version": version}) + "\n")
+    assert [trial.version for trial in read(path)] == [version or ""]
+    again = counting([])
+    with pytest.raises(
+        InputError, match=rf"trials of fedrobust {told}, and this is .*: move the folder"
+    ):
+        again.run(again.plan(), tmp_path)
+    assert len(path.read_text().splitlines()) == 1
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:

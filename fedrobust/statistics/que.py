@@ -146,6 +146,8 @@ class QUEDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     def score_samples(self, X: npt.ArrayLike) -> Vector:
         """(n,) float64 -tau of each point: the higher, the more normal, 0 at most.
 
+        It is -inf for a point so far away that its square overflows.
+
         Args:
             X: (n, d).
 
@@ -155,10 +157,12 @@ class QUEDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         """
         check_is_fitted(self)
         points: Matrix = validate_data(self, X, dtype=np.float64, reset=False)
-        if self.whitening_ is not None:
-            points = points @ self.whitening_
-        scores: Vector = -self._tau(points - self.location_)
-        return scores
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.whitening_ is not None:
+                points = points @ self.whitening_
+            tau = self._tau(points - self.location_)
+        # What overflows to both sides, or has no weight left, is no number; but it is far away.
+        return np.where(np.isnan(tau), -np.inf, -tau)
 
     def decision_function(self, X: npt.ArrayLike) -> Vector:
         """(n,) float64 `score_samples` less `offset_`: negative for outliers. Raises as it does."""

@@ -203,6 +203,17 @@ def test_points_that_are_all_one_are_all_normal(method: str, alpha: float) -> No
     np.testing.assert_allclose(detector.score_samples(points), 0, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["exact", "sketched"])
+@pytest.mark.parametrize("alpha", [0.0, 4.0, 1e4])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_points_too_far_away_to_be_squared_are_outliers(method: str, alpha: float, whiten: bool) -> None:
+    points = planted(100, 70)
+    detector = QUEDetector(alpha, method=method, whiten=planted(300, 70) if whiten else None).fit(points)
+    far = 1e308 * np.random.default_rng(0).integers(0, 2, size=(20, 70)).astype(float)
+    assert (detector.score_samples(far) == -np.inf).all()
+    assert (detector.predict(far) == -1).all()
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

@@ -117,7 +117,15 @@ class Filter(Weighting):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
-        known = None if self.sigma is None else self.sigma**2 / (1 - 2 * gram.eps)
+        return self.down_to(gram, None if self.sigma is None else self.sigma**2 / (1 - 2 * gram.eps))
+
+    def down_to(self, gram: Gram, known: float | None) -> Mixed:
+        """Weigh the rows, whatever sigma is.
+
+        Args:
+            gram: of the rows.
+            known: the eigenvalue that is tolerated; None judges the round against its own bulk.
+        """
         state = State(gram.shares, None if known is None else Levels(known, known))
         best, smallest, first = gram.shares, np.inf, 0.0
         directions: list[Matrix] = []  # each column a direction, as a combination of the rows

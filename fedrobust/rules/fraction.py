@@ -10,6 +10,7 @@ import numpy as np
 from fedrobust.errors import InputError
 from fedrobust.gram import Gram
 from fedrobust.rules.filter import Filter
+from fedrobust.verdict import VISIBLE
 
 DEFAULT_EPS = 0.2
 """The malicious fraction assumed where neither the rule nor the caller names one."""
@@ -74,6 +75,5 @@ def estimate_eps(gram: Gram) -> float:
             f"eps cannot be estimated: {gram.n} rows have {gram.size(gram.shares)} eigenvalues, too few "
             "to find what is usual among them; name the malicious fraction"
         )
-    sigma = math.sqrt(threshold * _STANDS_OUT / 3 * (1 - 2 * _MOST))
-    removed = Filter(sigma=sigma)(half).notes["removed"]
+    removed = Filter().down_to(half, threshold * _STANDS_OUT / VISIBLE).notes["removed"]
     return min(removed * (1 + 1e-6), _MOST)

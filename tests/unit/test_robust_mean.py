@@ -193,6 +193,16 @@ def test_data_that_is_no_gaussian_of_that_width_is_named() -> None:
         RobustMean(covariance="identity", sigma=1e-20).fit(sample())
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e21, 1e40])
+def test_the_fraction_is_estimated_whatever_the_unit(size: float) -> None:
+    X = np.random.default_rng(0).normal(size=(20, 100))
+    X[:3] += 4
+    ours, scaled = (RobustMean(eps="auto").fit(rows) for rows in (X, size * X))
+    assert scaled.location_ / size == pytest.approx(ours.location_, abs=1e-6)
+    assert scaled.certificate_.eps == pytest.approx(ours.certificate_.eps)
+    assert ours.certificate_.eps > 0
+
+
 def test_no_eps_is_the_mean() -> None:
     X = sample(100, 5)
     for form in FORMS:

@@ -15,6 +15,7 @@ from fedrobust.certificate import Certificate
 from fedrobust.errors import InputError
 from fedrobust.kernels import Vector
 from fedrobust.rules import EntropyFilter, Filter
+from fedrobust.rules.fraction import AUTO
 from fedrobust.statistics.tail_filter import sample_of, tail_filter
 from fedrobust.text import choose
 from fedrobust.verdict import Verdict
@@ -29,7 +30,8 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
     `covariance="bounded"` asks of the honest rows only that no direction has more variance than
     sigma^2: `fedrobust.Filter`, or `fedrobust.EntropyFilter`. Error O(sigma sqrt eps). Without sigma the
     rows' own bulk is the measure where there are more coordinates than bad rows; in longer samples it
-    filters to its budget of 2 eps and keeps the best iterate.
+    filters to its budget of 2 eps and keeps the best iterate. Rows more than 1e60 from the median go
+    first, with an infinite score.
 
     `covariance="identity"` takes the honest rows to be Gaussian with covariance sigma^2 I and cuts
     where tails are heavier than that. Error O(sigma eps sqrt log(1/eps)), for n well above d / eps^2;
@@ -87,7 +89,8 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
             y: ignored.
 
         Raises:
-            InputError: a parameter is none of its choices, or sigma does not fit the rows.
+            InputError: a parameter is none of its choices, sigma does not fit the rows, or more than eps
+                of them are too large to be used.
             ValueError: X is not a finite matrix.
         """
         choose(self.covariance, _COVARIANCES, "covariance")
@@ -105,7 +108,17 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         centre = sample_of(rows, 1.0, seed).centre
         rule = kind(eps=self.eps, sigma=self.sigma)
         found = aggregate(rows, rule, reference=centre, seed=seed)
-        self._keep(found.value, found.weights, found.scores, found.certificate, found.verdict)
+        eps = found.certificate.eps if found.certificate and self.eps != AUTO else 0.5
+        n, refused = len(rows), found.refused
+        if len(refused) > eps * n * (1 + 1e-12):
+            row, reason = next(iter(refused.items()))
+            raise InputError(
+                f"{len(refused)} of {n} rows cannot be used, more than eps = {eps:g} allows; "
+                f"row {row} {reason}: divide all rows by a constant, or name a larger eps"
+            )
+        unseen = refused and found.verdict is Verdict.CLEAR  # the rule did not meet those rows
+        verdict = Verdict.REMOVED if unseen else found.verdict
+        self._keep(found.value, found.weights, found.scores, found.certificate, verdict)
 
     def _fit_identity(self, rows: npt.NDArray[np.floating], seed: int) -> None:
         eps, sigma = _number(self.eps), 1.0 if self.sigma is None else _number(self.sigma)

@@ -141,6 +141,27 @@ def test_what_is_still_there_when_the_budget_is_spent_is_told() -> None:
     assert found.verdict_ is Verdict.EXCEEDED
 
 
+@pytest.mark.parametrize("eps", [0.1, 0.2, "auto"])
+@pytest.mark.parametrize("method", ["filter", "entropy"])
+def test_rows_too_large_to_be_looked_at_are_outliers(method: str, eps: float | str) -> None:
+    X = sample(200, 400, shift=0.0)
+    assert RobustMean(eps=eps, method=method).fit(X).verdict_ is Verdict.CLEAR
+    X[:20] = 1e100
+    found = RobustMean(eps=eps, method=method).fit(X)
+    assert found.verdict_ is Verdict.REMOVED
+    assert not found.weights_[:20].any()
+    assert np.isinf(found.scores_[:20]).all()
+    assert np.linalg.norm(found.location_ - X[20:].mean(axis=0)) < 0.1
+
+
+@pytest.mark.parametrize(("eps", "bad"), [(0.0, 1), (0.1, 4)])
+def test_more_rows_too_large_than_there_may_be_are_named(eps: float, bad: int) -> None:
+    X = sample(30, 3, shift=0.0)
+    X[-bad:, 0] = 1e100
+    with pytest.raises(InputError, match=rf"{bad} of 30 rows .* row {30 - bad} has norm 1e\+100"):
+        RobustMean(eps=eps).fit(X)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), shift=st.floats(-1e3, 1e3), form=st.sampled_from(FORMS))
 def test_it_moves_with_the_rows(seed: int, shift: float, form: dict[str, Any]) -> None:

@@ -194,6 +194,8 @@ def cross(block: Block, fresh: Block) -> Matrix:
     def multiply(part: Tensor, new: Tensor) -> Tensor:
         found = _against(part, new).double()
         wild = _wild(torch.linalg.vector_norm(new, dim=1).double().square())
+        if not len(wild) and bool(found.isfinite().all()):
+            return found
         if len(wild):
             wild, near, back = _near_one(new, wild)
             found[:, wild] = _against(part, near).double() * back.T

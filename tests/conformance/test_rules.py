@@ -433,7 +433,8 @@ def test_the_number_of_blocks_does_not_matter(
         np.testing.assert_allclose(result.weights, expected.weights, atol=1e-6)
         assert result.certificate is not None
         assert expected.certificate is not None
-        assert result.certificate.bound() == pytest.approx(expected.certificate.bound(), rel=1e-6)
+        # Rows elsewhere are taken for float32, whose rounding the bound allows for.
+        assert result.certificate.bound() == pytest.approx(expected.certificate.bound(), rel=1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES)

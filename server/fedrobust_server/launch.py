@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import signal
@@ -255,7 +256,14 @@ def _root(config: RunConfig, dataset: Dataset) -> Root | None:
     if not config.root:
         return None
     learner = root_learner(config.task, dataset, config.root)
-    return lambda number, model: learner.update(number, torch.from_numpy(model)).numpy()
+
+    def work(number: int, model: Floats) -> Floats:
+        # That of a round which was skipped may still be at work when the next one's begins.
+        bench = copy.deepcopy(learner.module)
+        update: Floats = learner.update(number, torch.from_numpy(model), module=bench).numpy()
+        return update
+
+    return work
 
 
 def _judge(module: torch.nn.Module, dataset: Dataset, model: Floats) -> Evaluation:

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fedrobust_server.config import RunConfig
+from fedrobust_server.launch import _root
 from safetensors.numpy import load_file
 
 from fedrobust.cli import main
 from fedrobust.data import load
-from fedrobust.training import Task, evaluate, load_vector, manifest, split_vector
+from fedrobust.training import Task, evaluate, load_vector, manifest, split_vector, to_vector
 
 from .processes import clients, in_process, played, process
 
@@ -111,6 +113,19 @@ def test_a_rule_may_look_at_the_servers_own_update(ray_cluster: None, tmp_path: 
     alike, other = played(config), played(replace(config, root=32))
     np.testing.assert_allclose(in_process(tmp_path, config), alike, rtol=1e-4, atol=1e-5)
     assert not np.allclose(other, alike)
+
+
+def test_the_servers_own_updates_of_two_rounds_do_not_meet() -> None:
+    """That of a round that was skipped at its deadline may still be at work when the next begins."""
+    dataset = load("digits")
+    config = RunConfig(task=Task(clients=5, steps=300), rule="fltrust", root=64)
+    own = _root(config, dataset)
+    assert own is not None
+    model = to_vector(config.task.build_model(dataset)).numpy()
+    alone = [own(number, model) for number in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(own, range(1, 5), [model] * 4))
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_the_servers_own_update_stands_against_a_majority() -> None:

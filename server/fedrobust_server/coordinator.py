@@ -44,13 +44,14 @@ from fedrobust import Aggregated, InputError, Verdict
 from fedrobust.training import Evaluation, Manifest
 from fedrobust_server import lifeline
 from fedrobust_server import round as machine
+from fedrobust_server.aftermath import Aftermath, ClosedRound, RoundReport
 from fedrobust_server.combination import Combination
 from fedrobust_server.config import RunConfig
 from fedrobust_server.folding import Folding
 from fedrobust_server.intake import TAKEN_OVER, unfit
 from fedrobust_server.ledger import Answer, Ledger, Standing
 from fedrobust_server.metrics import Metrics
-from fedrobust_server.quarantine import MALFORMED, Override, evidence, parse_policy
+from fedrobust_server.quarantine import MALFORMED
 from fedrobust_server.reception import (
     LOST,
     DeniedError,
@@ -60,7 +61,7 @@ from fedrobust_server.reception import (
     Reception,
     surplus,
 )
-from fedrobust_server.record import by_client, columns
+from fedrobust_server.record import by_client
 from fedrobust_server.round import Fault, Phase
 from fedrobust_server.runs import RunFolder
 from fedrobust_server.shards import Shards
@@ -75,29 +76,6 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 4
 """How often a round is worked out before losing shards ends the run."""
 _LEAVING = "the server stops; come back later"
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """A finished round, for whoever watches.
-
-    Attributes:
-        round: its number.
-        outcome: "aggregated" or "skipped".
-        reason: why it was skipped.
-        accepted: how many updates counted.
-        refused: how many submissions did not.
-        aggregated: what the rule said, without the value; None for a skipped round.
-        evaluation: of the model after the round.
-    """
-
-    round: int
-    outcome: str
-    reason: str
-    accepted: int
-    refused: int
-    aggregated: Aggregated | None
-    evaluation: Evaluation
 
 
 @dataclass
@@ -191,10 +169,12 @@ class Coordinator(Reception):
         self._folding = Folding(shards)
         task = config.task
         plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, task.seed)
-        self._metrics, self._policy = metrics, parse_policy(config.quarantine)
+        self._metrics, self._combination = metrics, Combination.of(config)
         metrics.backlog.set_function(shards.backlog)
-        self._suspects = ledger.suspects()
-        self._state = machine.State(plan, excluded=self._suspects.excluded)
+        self._aftermath = Aftermath(
+            config, manifest, ledger, folder, evaluate, watch, metrics, self._spawn
+        )
+        self._state = machine.State(plan, excluded=self._aftermath.excluded)
         self._standing, self._round = standing, _Round()
         # Actions are held until the shards are as they were.
         self._held, self._ready = list[machine.Action](), asyncio.Event()
@@ -203,8 +183,7 @@ class Coordinator(Reception):
             self._state, actions = machine.step(self._state, _resumed(standing))
             self._held += actions
         self._config, self._shards, self._ledger, self._folder = config, shards, ledger, folder
-        self._evaluate, self._watch, self._names, self._root = evaluate, watch, manifest, root
-        self._combination = Combination.of(config)
+        self._root = root
         self._encoding = vectors.encoding(config.wire, config.compression)
         self._manifest = ManifestMessage(
             tensors=[TensorSpec(name=name, shape=shape) for name, shape in manifest]
@@ -214,9 +193,6 @@ class Coordinator(Reception):
         self._tickets = 0
         self._listening: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._recorded: asyncio.Task[None] | None = None
-        self._judged: asyncio.Task[None] | None = None
-        self._judged_before: asyncio.Task[None] | None = None
         self._finished: asyncio.Future[None] | None = None
 
     @property
@@ -241,9 +217,7 @@ class Coordinator(Reception):
             self._finish()
         try:
             await self._finished
-            for last in (self._recorded, self._judged):
-                if last is not None:
-                    await last
+            await self._aftermath.over()
         finally:
             self._ready.set()
             self._round.begun.set()
@@ -545,13 +519,8 @@ class Coordinator(Reception):
         loop.call_at(self._round.closes_at, lambda: self._happened(machine.DeadlinePassed(number)))
 
     async def _begin(self, current: _Round) -> None:
-        """Make room for a round's updates, once the round before cannot be lost any more.
-
-        Models of more than one earlier round do not wait to be judged either.
-        """
-        for earlier in (self._recorded, self._judged_before):
-            if earlier is not None:
-                await earlier
+        """Make room for a round's updates, once the round before cannot be lost any more."""
+        await self._aftermath.room()
         current.spool = self._folder.spool(current.number, len(current.slots), self._shards.size)
         await self._enduring(partial(self._shards.open, current.spool))
         self._ledger.open_round(current.number, list(current.slots))
@@ -569,7 +538,7 @@ class Coordinator(Reception):
             self._train(current)
             current.begun.set()
         else:
-            await self._keep(number, self._model)
+            await self._aftermath.keep(number, self._model)
         self._count_down(number)
 
     def _train(self, current: _Round) -> None:
@@ -676,100 +645,27 @@ class Coordinator(Reception):
         result: Aggregated | None = None,
         clients: tuple[str, ...] = (),
     ) -> None:
-        """Go on to the next round, and record this one meanwhile."""
+        """Go on to the next round, and see to this one meanwhile."""
         current = self._round
-        moved = self._model if outcome == "aggregated" else None
-        figures: dict[str, Any] = {"outcome": outcome, "reason": reason}
-        weights: Mapping[str, float] = {}
-        scores: Mapping[str, float] = {}
-        if result is not None:
-            figures |= columns(result)
-            weights, scores = by_client(clients, result)
-        record = self._record(current, figures, weights, scores, moved=moved is not None)
-        self._recorded = self._spawn(record)
-        report = partial(
-            RoundReport, current.number, outcome, reason, len(current.norms), current.refused, result
-        )
-        judge = self._judge(current.number, self._model, report, self._recorded, self._judged)
-        self._judged_before, self._judged = self._judged, self._spawn(judge)
-        self._metrics.closed(outcome, asyncio.get_running_loop().time() - current.opened, result)
-        log.info(
-            "a round is over",
-            extra={
-                "round": current.number,
-                "outcome": outcome,
-                "reason": reason,
-                "accepted": len(current.norms),
-                "refused": current.refused,
-            },
-        )
-        verdict = None if result is None else result.verdict
-        self._judge_clients(current, evidence(verdict, weights, current.malformed))
-        self._happened(machine.Settled(current.number))
-
-    def _judge_clients(self, current: _Round, found: Mapping[str, float]) -> None:
-        """Gather what a round says of its clients, and ask those no more that are shut out."""
-        number, decided = current.number, list[Override]()
-        schedule = self._combination.schedule
-        if schedule is not None and current.spread:
-            decided = schedule.decide(number, current.spread, self._config.eps)
-        self._suspects, changes = self._ledger.judge_clients(
-            self._policy, self._suspects, number, found, decided
-        )
-        for change in changes:
-            log.warning(
-                "a client's standing has changed",
-                extra={
-                    "round": number,
-                    "client": change.name,
-                    "standing": change.client.standing.value,
-                    "reason": change.reason,
-                    "who": change.who,
-                },
-            )
-        self._metrics.judged(found, self._suspects)
-        self._happened(machine.Excluded(self._suspects.excluded))
-
-    async def _record(
-        self,
-        current: _Round,
-        figures: dict[str, Any],
-        weights: Mapping[str, float],
-        scores: Mapping[str, float],
-        *,
-        moved: bool,
-    ) -> None:
-        """Save what a round led to; only then its updates go."""
+        weights, scores = ({}, {}) if result is None else by_client(clients, result)
         self.forget()
-        if moved:
-            figures["state"] = await asyncio.to_thread(self._folder.keep_state, current.number)
-        self._ledger.close_round(current.number, figures, weights, scores)
-        if current.spool is not None:
-            current.spool.remove()
-
-    async def _judge(
-        self,
-        number: int,
-        model: Floats,
-        report: Callable[[Evaluation], RoundReport],
-        recorded: asyncio.Task[None],
-        before: asyncio.Task[None] | None,
-    ) -> None:
-        """Look at the model after a round, and tell; one round after the other."""
-        if before is not None:
-            await before
-        await recorded
-        self._watch(report(await self._keep(number, model)))
-
-    async def _keep(self, number: int, model: Floats) -> Evaluation:
-        """Keep the model after a round if it is one to keep, and evaluate it."""
-        if number % self._config.checkpoint_every == 0 or number == self._config.rounds:
-            began = time.monotonic()
-            await asyncio.to_thread(self._folder.checkpoint, number, model, self._names)
-            self._metrics.checkpointed(time.monotonic() - began)
-        evaluation = await asyncio.to_thread(self._evaluate, model)
-        self._ledger.judge(number, evaluation.accuracy, evaluation.loss)
-        return evaluation
+        closed = ClosedRound(
+            number=current.number,
+            outcome=outcome,
+            reason=reason,
+            accepted=len(current.norms),
+            refused=current.refused,
+            malformed=frozenset(current.malformed),
+            spread=current.spread,
+            aggregated=result,
+            weights=weights,
+            scores=scores,
+            seconds=asyncio.get_running_loop().time() - current.opened,
+            spool=current.spool,
+        )
+        self._aftermath.follow(closed, self._model)
+        self._happened(machine.Excluded(self._aftermath.excluded))
+        self._happened(machine.Settled(current.number))
 
 
 def _resumed(standing: Standing) -> machine.Resumed:

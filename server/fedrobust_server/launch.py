@@ -29,8 +29,9 @@ from fedrobust.optimisers import parse_optimiser
 from fedrobust.rules import Last
 from fedrobust.training import Evaluation, evaluate, load_vector, manifest, root_learner, to_vector
 from fedrobust_server import lifeline
+from fedrobust_server.aftermath import RoundReport
 from fedrobust_server.config import RunConfig
-from fedrobust_server.coordinator import Coordinator, Root, RoundReport
+from fedrobust_server.coordinator import Coordinator, Root
 from fedrobust_server.metrics import Metrics
 from fedrobust_server.round import KEEPS_TURN
 from fedrobust_server.runs import RunFolder, read_checkpoint

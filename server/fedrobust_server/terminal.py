@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
+from fedrobust_server.aftermath import RoundReport
 from fedrobust_server.config import RunConfig
-from fedrobust_server.coordinator import RoundReport
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,26 @@ class Terminal:
 
     def show(self, report: RoundReport) -> None:
         """A round is over."""
-        verdict = None if report.aggregated is None else report.aggregated.verdict.value
+        over, evaluation = report.round, report.evaluation
+        verdict = None if over.verdict is None else over.verdict.value
         if self.as_json:
             figures = {
-                "round": report.round,
-                "outcome": report.outcome,
-                "reason": report.reason,
-                "accuracy": report.evaluation.accuracy,
-                "loss": report.evaluation.loss,
-                "accepted": report.accepted,
-                "refused": report.refused,
+                "round": over.number,
+                "outcome": over.outcome,
+                "reason": over.reason,
+                "accuracy": evaluation.accuracy,
+                "loss": evaluation.loss,
+                "accepted": over.accepted,
+                "refused": over.refused,
                 "verdict": verdict,
             }
             print(json.dumps(figures), flush=True)  # noqa: T201
             return
-        words = verdict if report.outcome == "aggregated" else f"skipped: {report.reason}"
+        words = verdict if over.outcome == "aggregated" else f"skipped: {over.reason}"
         self.progress.start()
         self._line(
-            f"round {report.round:>3}/{self.rounds}  accuracy {report.evaluation.accuracy:.3f}  "
-            f"accepted {report.accepted:>3}  refused {report.refused:>2}  {words}"
+            f"round {over.number:>3}/{self.rounds}  accuracy {evaluation.accuracy:.3f}  "
+            f"accepted {over.accepted:>3}  refused {over.refused:>2}  {words}"
         )
         self.progress.advance(self.bar)
 

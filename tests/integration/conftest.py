@@ -10,8 +10,8 @@ import grpc.aio
 import pytest
 import ray
 from fedrobust_proto.v1.federation_pb2_grpc import FederationStub
+from fedrobust_server.aftermath import RoundReport
 from fedrobust_server.config import RunConfig
-from fedrobust_server.coordinator import RoundReport
 from fedrobust_server.gateway import listen
 from fedrobust_server.keys import Authority
 from fedrobust_server.launch import Federation, federation, start_ray

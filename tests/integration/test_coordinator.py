@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fedrobust_clients.runtime import Floats, Update, participate
+from fedrobust_server.aftermath import RoundReport
 from fedrobust_server.config import RunConfig
-from fedrobust_server.coordinator import RoundReport
 
 from fedrobust.training import Task
 
@@ -61,7 +61,7 @@ def many(count: int, *values: float) -> dict[str, Fixed]:
 
 def test_too_few_clients_for_the_rule_skip_the_round(serve: Served) -> None:
     reports, moved, rounds = run(serve, many(3), rule="krum", eps=0.4)
-    assert [r.outcome for r in reports] == ["skipped", "skipped"]
+    assert [r.round.outcome for r in reports] == ["skipped", "skipped"]
     assert not moved.any()
     assert "2 f + 3 = 5 clients" in rounds[0]["reason"]
 
@@ -72,7 +72,7 @@ def test_the_operator_chooses_what_an_exceeded_bound_does(
 ) -> None:
     attacked = many(8, 50.0, 90.0)
     reports, moved, rounds = run(serve, attacked, rule="mean", exceeded=policy)
-    assert [r.outcome for r in reports] == [outcome] * 2
+    assert [r.round.outcome for r in reports] == [outcome] * 2
     assert [r["verdict"] for r in rounds] == ["bound exceeded"] * 2
     assert moved.any() == (policy == "warn")
 
@@ -82,14 +82,14 @@ def test_the_filter_needs_no_such_choice(serve: Served) -> None:
     assert [r["verdict"] for r in rounds] == ["outliers removed"] * 2
     assert np.abs(moved).max() < 5
     assert rounds[0]["bound_kept"] < rounds[0]["bound"]
-    assert [r.accepted for r in reports] == [10, 10]
+    assert [r.round.accepted for r in reports] == [10, 10]
 
 
 def test_a_round_ends_at_its_deadline_without_those_who_are_slow(serve: Served) -> None:
     clients = {**many(3), "slow": Fixed(0.0, delay=3.0)}
     reports, _, rounds = run(serve, clients, rule="mean", deadline=1.0)
-    assert [r.outcome for r in reports] == ["aggregated", "aggregated"]
-    assert [r.accepted for r in reports] == [3, 3]
+    assert [r.round.outcome for r in reports] == ["aggregated", "aggregated"]
+    assert [r.round.accepted for r in reports] == [3, 3]
     assert all(r["closed"] - r["opened"] < 2.5 for r in rounds)
 
 

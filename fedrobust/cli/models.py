@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from fedrobust.smoothing import Log
 
 _TRAIN = """\
-examples, the second one goes on with the model of a run:
+examples; the second one goes on with the model of a run, the last one learns from a few labels:
   fedrobust train --dataset mnist --model "lenet(32)" --objective "gaussian(0.5)" --to trained/noisy
   fedrobust train --from runs/first/checkpoints/round-000030.safetensors --objective "smoothadv(0.5)"
+  fedrobust train --dataset mnist --labelled 0.01 --teacher trained/first --to trained/second
 """
 
 _CERTIFY = """\
@@ -38,6 +39,12 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
         add_fields(train, Course, "the course")
     train.add_argument(
         "--from", dest="initial", type=Path, metavar="FILE", help="a checkpoint to start from"
+    )
+    train.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="FOLDER",
+        help="of a training or run, whose model labels the images that --labelled leaves without",
     )
     train.add_argument(
         "--to", type=Path, metavar="FOLDER", help="begun again, it goes on [trained/DATASET]"
@@ -95,7 +102,8 @@ def _train(options: argparse.Namespace) -> int:
                 line = {"epoch": done.epochs, "loss": done.loss}
                 print(json.dumps(finite(line)), flush=True)  # noqa: T201
 
-        checkpoint, judged = train_in(folder, course, options.data_dir, options.initial, ended)
+        starts = options.initial, options.teacher
+        checkpoint, judged = train_in(folder, course, options.data_dir, *starts, ended)
     if options.json:
         print(json.dumps({"checkpoint": str(checkpoint), "accuracy": judged.accuracy}))  # noqa: T201
     else:

@@ -6,6 +6,7 @@ An attack climbs the loss of a function that maps images to logarithms of probab
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,14 +47,17 @@ def smoothed(
         naive: the mean of the logarithms instead, the loss of the model under noise: a weaker attack on
             the smoothed classifier, to be compared with.
     """
-    count = noise.shape[1]
 
     def log_probabilities(x: Tensor) -> Tensor:
-        scores = model((x.unsqueeze(1) + noise).flatten(0, 1))
-        each = log_softmax(scores, dim=1).view(-1, count, scores.shape[1])
-        return each.mean(dim=1) if naive else torch.logsumexp(each, dim=1) - torch.tensor(count).log()
+        scores = model((x.unsqueeze(1) + noise).flatten(0, 1)).view(len(x), noise.shape[1], -1)
+        return log_softmax(scores, dim=2).mean(dim=1) if naive else averaged(scores)
 
     return log_probabilities
+
+
+def averaged(scores: Tensor) -> Tensor:
+    """(k, classes) logarithms of the mean of the m probabilities that (k, m, classes) scores give."""
+    return torch.logsumexp(log_softmax(scores, dim=2), dim=1) - math.log(scores.shape[1])
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +86,7 @@ class Adversary(Textual):
         Args:
             log_probabilities: of what is attacked.
             x: (k, *shape) float32.
-            y: (k,) int64, their labels.
+            y: (k,) int64, their labels, or (k, classes) float32, probabilities to lead away from.
             limits: pixels stay within them.
 
         Returns:
@@ -186,8 +190,9 @@ def _ascent(log_probabilities: LogProbabilities, x: Tensor, y: Tensor) -> tuple[
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         found = log_probabilities(x)
-        (gradient,) = torch.autograd.grad(nll_loss(found, y, reduction="sum"), x)
-    return gradient, found.detach().argmax(dim=1) != y
+        loss = nll_loss(found, y, reduction="sum") if y.ndim == 1 else -(y * found).sum()
+        (gradient,) = torch.autograd.grad(loss, x)
+    return gradient, found.detach().argmax(dim=1) != (y if y.ndim == 1 else y.argmax(dim=1))
 
 
 def _lengths(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a federation trains, and how one client trains it."""
 
-from fedrobust.training.central import Course, Progress, train
+from fedrobust.training.central import Course, Progress, labelled, train
 from fedrobust.training.cohort import updates
 from fedrobust.training.local import (
     FREE,
@@ -20,6 +20,7 @@ from fedrobust.training.objectives import (
     GaussianAugmentation,
     Objective,
     SmoothAdv,
+    Trades,
     parse_objective,
 )
 from fedrobust.training.task import Task, client_name
@@ -48,8 +49,10 @@ __all__ = [
     "SmoothAdv",
     "Softmax",
     "Task",
+    "Trades",
     "client_name",
     "evaluate",
+    "labelled",
     "load_vector",
     "manifest",
     "parse_model",

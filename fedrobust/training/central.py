@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from fedrobust.training.models import parse_model
 from fedrobust.training.objectives import Step, parse_objective
 from fedrobust.training.vectors import load_vector, to_vector
 
-_ORDER, _NOISE, _LAYERS = 0, 1, 2  # independent random streams of an epoch
+_ORDER, _NOISE, _LAYERS, _LABELS = 0, 1, 2, 3  # independent random streams of an epoch
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +28,8 @@ class Course(Textual):
         dataset: a name of `fedrobust.data.datasets.CATALOG`, or an import path as for `load_imported`.
         model: what is trained, as text, or an import path "package.module:attribute".
         objective: what is minimised, as text: "cross_entropy", "gaussian(0.5)", "adversarial",
-            "smoothadv(0.5, m=2)" or "consistency(0.5)".
+            "trades", "smoothadv(0.5, m=2)" or "consistency(0.5)".
+        labelled: the part of the training images whose labels are used, in (0, 1]; see `labelled`.
         epochs: how often every example is seen, at least 1.
         batch: examples per step, at least 1.
         lr: the rate of the first step, above 0.
@@ -36,7 +37,7 @@ class Course(Textual):
         decay: weight decay, at least 0.
         precision: "float32", or "bfloat16": layers compute in it, parameters stay float32; twice as fast
             where a processor has instructions for it.
-        seed: of the initial model, the batches and the noise; 0 .. 2**32 - 1.
+        seed: of the initial model, the batches, the noise, and which labels are used; 0 .. 2**32 - 1.
     """
 
     name = "course"
@@ -44,6 +45,7 @@ class Course(Textual):
     dataset: str = "digits"
     model: str = "mlp"
     objective: str = "cross_entropy"
+    labelled: float = 1.0
     epochs: int = 10
     batch: int = 128
     lr: float = 0.05
@@ -57,6 +59,7 @@ class Course(Textual):
         datasets.check_name(self.dataset)
         parse_model(self.model)
         parse_objective(self.objective)
+        self.require(0 < self.labelled <= 1, "labelled must be in (0, 1]")
         self.require(self.epochs >= 1, "epochs must be at least 1")
         self.require(self.batch >= 1, "batch must be at least 1")
         self.require(self.lr > 0, "lr must be above 0")
@@ -95,6 +98,35 @@ class Progress:
         """The beginning."""
         model = to_vector(module)
         return cls(0, model, torch.zeros_like(model))
+
+
+def labelled(course: Course, dataset: Dataset, teacher: nn.Module | None = None) -> Dataset:
+    """The training images whose labels a course uses, and the others with a teacher's labels.
+
+    Self-training, as in Carmon, Raghunathan, Schmidt, Liang, Duchi, "Unlabeled Data Improves Adversarial
+    Robustness", NeurIPS 2019 (arXiv 1905.13736), algorithm 1, and Salman et al. 2019 (arXiv 1906.04584),
+    section 4.2. Courses with the same seed and part use the same labels.
+
+    Args:
+        course: says which part that is, at least one image.
+        dataset: that it names.
+        teacher: maps normalised images to scores; its first answer is the label. None leaves images
+            without a label out.
+    """
+    count = len(dataset.train_y)
+    known = max(1, round(course.labelled * count))
+    if known == count:
+        return dataset
+    order = torch.randperm(count, generator=_generator(course, 0, _LABELS))
+    if teacher is None:
+        rows = order[:known].sort().values
+        return replace(dataset, train_x=dataset.train_x[rows], train_y=dataset.train_y[rows])
+    y = dataset.train_y.clone()
+    teacher.eval()
+    with torch.no_grad():
+        for rows in order[known:].split(256):
+            y[rows] = teacher(dataset.train_x[rows]).argmax(dim=1)
+    return replace(dataset, train_y=y)
 
 
 def train(course: Course, dataset: Dataset, module: nn.Module, begun: Progress) -> Iterator[Progress]:

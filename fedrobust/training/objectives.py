@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from fedrobust.data import Normalisation
-from fedrobust.smoothing.attacks import Adversary, LogProbabilities, parse_adversary, plain, smoothed
+from fedrobust.smoothing.attacks import (
+    Adversary,
+    LogProbabilities,
+    averaged,
+    parse_adversary,
+    plain,
+    smoothed,
+)
 from fedrobust.text import Textual, parse
 
 
@@ -116,7 +123,7 @@ class _Attacked(Objective):
         return parse_adversary(self.attack)
 
     def attacked(self, step: Step, log_probabilities: LogProbabilities, x: Tensor, y: Tensor) -> Tensor:
-        """(k, *shape) pixels, attacked in evaluation mode.
+        """(k, *shape) pixels, attacked in evaluation mode; y as for an `Adversary`.
 
         In warm-up eps grows in equal steps, as in the code of Salman et al. 2019.
         """
@@ -165,6 +172,53 @@ class AdversarialTraining(_Attacked):
         """See `Objective`."""
         found = self.attacked(step, plain(step.of_pixels), step.scale.pixels(x), y)
         return cross_entropy(step.of_pixels(found), y)
+
+
+@dataclass(frozen=True, repr=False)
+class Trades(_Attacked):
+    """The cross-entropy on the images, and that an adversary's images are answered alike.
+
+    CE(f(x), y) + beta KL(F(x) || F(x')), where x' is what an adversary finds that climbs the divergence:
+    it needs no label. Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan, "Theoretically Principled Trade-off
+    between Robustness and Accuracy", ICML 2019 (arXiv 1901.08573), equation 5 and algorithm 1, where
+    beta is 1 / lambda. With sigma above 0 F is the smoothed classifier, the mean under m samples of
+    noise that x and x' share, and the cross-entropy is under that noise. Where a teacher has labelled
+    images, this is the robust self-training of Carmon, Raghunathan, Schmidt, Liang, Duchi, NeurIPS 2019
+    (arXiv 1905.13736), section 3.
+
+    Attributes:
+        attack: the adversary, as text: "pgd(0.5, steps=4)" or "ddn(0.5, steps=4)".
+        warmup: over so many rounds, or epochs, eps grows to its value; 0: at once.
+        beta: weight of the divergence, at least 0.
+        sigma: the noise's standard deviation, at least 0, in pixels.
+        m: noisy copies of each image, at least 1; without noise, 1.
+    """
+
+    name = "trades"
+
+    beta: float = 6.0
+    sigma: float = 0.0
+    m: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.beta >= 0, "beta must not be negative")
+        self.require(self.sigma >= 0, "sigma must not be negative")
+        self.require(self.m >= 1, "m must be at least 1")
+        self.require(self.sigma > 0 or self.m == 1, "without noise, sigma 0, m must be 1")
+
+    def __call__(self, step: Step, x: Tensor, y: Tensor) -> Tensor:
+        """See `Objective`."""
+        pixels = step.scale.pixels(x)
+        noise = step.noise(pixels, self.m, self.sigma)
+        scores = _scores(step, pixels, noise)
+        answer, others = averaged(scores), smoothed(step.of_pixels, noise)
+        # At the image itself the divergence is 0, and so is its gradient: the adversary looks at it from
+        # beside, as in the authors' code.
+        beside = step.noise(pixels, 1, 1e-3).squeeze(1)
+        found = self.attacked(step, lambda z: others(z + beside), pixels, answer.detach().exp())
+        divergence = kl_div(others(found), answer, reduction="batchmean", log_target=True)
+        return _loss(scores, y) + self.beta * divergence
 
 
 @dataclass(frozen=True, repr=False)
@@ -240,6 +294,7 @@ CATALOG: dict[str, type[Objective]] = {
     "cross_entropy": CrossEntropy,
     "gaussian": GaussianAugmentation,
     "adversarial": AdversarialTraining,
+    "trades": Trades,
     "smoothadv": SmoothAdv,
     "consistency": Consistency,
 }

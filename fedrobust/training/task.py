@@ -45,7 +45,7 @@ class Task(Textual):
         proximal: FedProx's mu, at least 0: how strongly steps are pulled back to the round's model.
         decay: weight decay lambda, at least 0: how strongly steps pull the parameters to zero.
         objective: what local steps descend on, as text: "cross_entropy", "gaussian(0.5)",
-            "adversarial", "smoothadv(0.5, m=2)" or "consistency(0.5)".
+            "adversarial", "trades", "smoothadv(0.5, m=2)" or "consistency(0.5)".
         outsiders: the first so many clients hold a random sample each of all examples, while the others
             divide all examples among themselves, as in published experiments whose malicious clients
             take no data away; 0 .. clients - 1.

@@ -25,6 +25,7 @@ from fedrobust.training import (
     Progress,
     Task,
     evaluate,
+    labelled,
     load_vector,
     manifest,
     split_vector,
@@ -39,6 +40,7 @@ def train_in(
     course: Course,
     data_dir: Path | None = None,
     initial: Path | None = None,
+    teacher: Path | None = None,
     watch: Callable[[Progress], None] = lambda _progress: None,
 ) -> tuple[Path, Evaluation]:
     """Train a model; one whose training was cut short goes on after its last epoch, to the same model.
@@ -48,20 +50,27 @@ def train_in(
         course: what is trained, and how.
         data_dir: where datasets are; None reads FEDROBUST_DATA.
         initial: a checkpoint to start from; None draws the parameters.
+        teacher: the folder of a training or run, whose model labels the images whose labels are not
+            used; None leaves them out.
         watch: is told of every epoch.
 
     Returns:
         The checkpoint, and how its model does on the test images, without noise.
 
     Raises:
-        InputError: the folder holds something else, the data is not there, or as `read_checkpoint`.
+        InputError: the folder holds something else, the data is not there, a teacher has nothing to
+            label, or as `Trained.find` and `read_checkpoint`.
     """
     dataset = load(course.dataset, data_dir)
+    if teacher is not None and course.labelled == 1:
+        raise InputError(f"all labels are used, so {teacher} has none to give: set --labelled below 1")
+    guide = None if teacher is None else Trained.find(teacher).module(dataset)
+    dataset = labelled(course, dataset, guide)
     module = course.build_model(dataset)
     at = Progress.from_model(module)
     if initial is not None:
         at = dataclasses.replace(at, model=read_checkpoint(initial, module))
-    about = {**dataclasses.asdict(course), "initial": str(initial or "")}
+    about = {**dataclasses.asdict(course), "initial": str(initial or ""), "teacher": str(teacher or "")}
     claim(folder / _CONFIG, about, f"{folder} holds another training or run")
     if (folder / _STATE).exists():
         at = _read(folder / _STATE)
@@ -140,7 +149,8 @@ class Trained:
         if "task" in values:
             source: Task | Course = RunConfig.from_dict(values).task
         else:
-            values.pop("initial", None)
+            for place in ("initial", "teacher"):
+                values.pop(place, None)
             for key in values:
                 choose(key, [field.name for field in dataclasses.fields(Course)], "configuration key")
             source = Course(**values)

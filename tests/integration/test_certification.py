@@ -59,6 +59,24 @@ def test_training_that_was_killed_goes_on_to_the_same_model(trained: Path, tmp_p
     assert all(torch.equal(twin[name], ours[name]) for name in twin)
 
 
+def test_a_model_that_had_few_labels_teaches_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["train", "--dataset", "digits", "--labelled", "0.03", "--batch", "16", "--json"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*few, "--model", "softmax", "--epochs", "30", "--to", str(first)]) == 0
+    taught = ["--model", "lenet(4)", "--objective", "trades('pgd(0.1, steps=1)', sigma=0.1)"]
+    taught += ["--epochs", "2", "--teacher", str(first), "--to", str(second)]
+    assert main([*few, *taught]) == 0
+    alone, student = (
+        json.loads(line)["accuracy"]
+        for line in capsys.readouterr().out.splitlines()
+        if "checkpoint" in line
+    )
+    assert student > alone > 0.5
+    assert isinstance(Trained.find(second).source, Course)  # so that it can be certified
+
+
 def test_what_is_printed_of_training_that_diverged_is_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +258,11 @@ def test_grids_certify_their_models(tmp_path: Path) -> None:
         (["train", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--model", "vit"], "unknown model 'vit'"),
         (["train", "--to", "{trained}"], "holds another training or run"),
+        (["train", "--teacher", "{trained}", "--to", "{trained}/x"], "has none to give"),
+        (
+            ["train", "--labelled", "0.1", "--teacher", "none", "--to", "{trained}/x"],
+            "none",
+        ),
         (["train", "--from", "none", "--to", "{trained}/x"], "cannot read the checkpoint none"),
     ],
 )

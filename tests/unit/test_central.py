@@ -8,7 +8,7 @@ import torch
 
 from fedrobust.data import Dataset, load
 from fedrobust.errors import InputError
-from fedrobust.training import Course, Progress, evaluate, train
+from fedrobust.training import Course, Progress, evaluate, labelled, train
 
 COURSE = Course("digits", "cnn(4)", "gaussian(0.1)", epochs=4, batch=64, lr=0.1)
 
@@ -67,10 +67,42 @@ def test_half_precision_ends_nearby_in_whole_parameters(digits: Dataset) -> None
     assert half.loss == pytest.approx(whole.loss, rel=0.05)
 
 
+def test_a_part_of_the_labels_teaches_a_model_that_labels_the_rest(digits: Dataset) -> None:
+    few = replace(COURSE, labelled=0.05, objective="cross_entropy", epochs=20, batch=16)
+    known = labelled(few, digits)
+    assert len(known.train_y) == round(0.05 * len(digits.train_y)) == len(known.train_x)
+    teacher = few.build_model(known)
+    list(train(few, known, teacher, Progress.from_model(teacher)))
+    taught = labelled(few, digits, teacher)
+    assert torch.equal(taught.train_x, digits.train_x)
+    own = {
+        image.numpy().tobytes(): label for image, label in zip(known.train_x, known.train_y, strict=True)
+    }
+    answers = teacher(digits.train_x).argmax(dim=1)
+    for image, label, answer in zip(taught.train_x, taught.train_y, answers, strict=True):
+        assert label == own.get(image.numpy().tobytes(), answer)
+    assert not torch.equal(taught.train_y, digits.train_y)  # it errs
+    student = few.build_model(taught)
+    list(train(replace(few, labelled=1.0), taught, student, Progress.from_model(student)))
+    found = [evaluate(m, digits.test_x, digits.test_y).accuracy for m in (teacher, student)]
+    assert found[1] > found[0]
+
+
+def test_the_same_seed_uses_the_same_labels(digits: Dataset) -> None:
+    few = replace(COURSE, labelled=0.1)
+    parts = [labelled(replace(few, seed=seed), digits).train_x for seed in (0, 0, 1)]
+    assert torch.equal(parts[0], parts[1])
+    assert not torch.equal(parts[0], parts[2])
+    assert len(labelled(replace(few, labelled=1e-9), digits).train_y) == 1
+    assert labelled(replace(few, labelled=1.0), digits) is digits
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"labelled": 0.0}, "labelled must be in"),
+        ({"labelled": 1.5}, "labelled must be in"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"momentum": 1.0}, "momentum must be in"),

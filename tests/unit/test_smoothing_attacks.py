@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax, nll_loss
+from torch.nn.functional import cross_entropy, log_softmax, nll_loss, one_hot
 
 from fedrobust.data import Normalisation
 from fedrobust.errors import InputError
@@ -16,6 +16,7 @@ from fedrobust.training import (
     GaussianAugmentation,
     Objective,
     SmoothAdv,
+    Trades,
     parse_objective,
 )
 from fedrobust.training.objectives import Step
@@ -77,6 +78,13 @@ def test_a_step_is_as_long_where_a_model_is_so_sure_that_its_gradient_is_tiny(
     torch.testing.assert_close(torch.linalg.vector_norm(moved.flatten(1), dim=1), torch.full((2,), 0.5))
 
 
+@pytest.mark.parametrize("adversary", ADVERSARIES, ids=repr)
+def test_to_lead_away_from_a_sure_answer_is_to_lead_away_from_its_label(adversary: Adversary) -> None:
+    module, (x, y) = network(), examples()
+    found = adversary(plain(module), x, one_hot(y, 3).float())
+    torch.testing.assert_close(found, adversary(plain(module), x, y))
+
+
 def test_where_there_is_no_gradient_no_image_moves() -> None:
     x, y = examples()
     for adversary in ADVERSARIES:
@@ -134,6 +142,8 @@ SCALE = Normalisation((0.3,), (0.5,), (0.0, 1.0))
 OBJECTIVES = [
     GaussianAugmentation(0.5, m=2),
     AdversarialTraining("pgd(0.5, steps=2)"),
+    Trades("pgd(0.5, steps=2)"),
+    Trades("ddn(0.5, steps=2)", beta=2.0, sigma=0.5, m=3),
     SmoothAdv(0.5, m=3, attack="pgd(1.0, steps=2)"),
     SmoothAdv(0.5, attack="ddn(1.0, steps=2)"),
     Consistency(0.5),
@@ -186,6 +196,36 @@ def test_training_under_attack_loses_more_than_under_noise_and_less_while_it_war
     assert late == SmoothAdv(0.5, m=2, attack="pgd(2.0, steps=4)")(step(module), x, y).item()
 
 
+def test_trades_is_the_cross_entropy_and_the_divergence_at_the_worst_image() -> None:
+    layer = nn.Linear(64, 2, bias=False)
+    module, (x, _) = nn.Sequential(nn.Flatten(), layer), examples()
+    y, away = torch.arange(6) % 2, (layer.weight[0] - layer.weight[1]).detach()
+    away = (away / away.norm()).view(1, 8, 8)
+    x *= 0.2  # far from the limits of pixels, so that the worst image is known: along the weights
+    plane = (0.5 + 0.1 * (x - 0.1) - 0.3) / 0.5
+    log_p = log_softmax(module(plane), dim=1)
+    either = [log_softmax(module(plane + sign * 0.2 * away / 0.5), dim=1) for sign in (1, -1)]
+    worst = torch.stack([(log_p.exp() * (log_p - q)).sum(dim=1) for q in either]).amax(dim=0).mean()
+    clean = cross_entropy(module(plane), y)
+    found = Trades("pgd(0.2, steps=10)", beta=3.0)(step(module), plane, y)
+    assert found.item() == pytest.approx((clean + 3 * worst).item(), rel=1e-2)
+    assert Trades(beta=0.0)(step(module), plane, y).item() == pytest.approx(clean.item(), rel=1e-6)
+
+
+def test_under_noise_trades_compares_the_smoothed_answers() -> None:
+    module, (x, y) = network(), examples()
+    noise = step(module).noise(x, 4, 0.5)
+    scores = module(((SCALE.pixels(x)[:, None] + noise - 0.3) / 0.5).flatten(0, 1))
+    clean = cross_entropy(scores, y.repeat_interleave(4)).item()
+    losses = [
+        Trades("pgd(1.0, steps=4)", beta=beta, sigma=0.5, m=4)(step(module), x, y).item()
+        for beta in (0.0, 1.0, 2.0)
+    ]
+    assert losses[0] == pytest.approx(clean, rel=1e-5)
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+    assert losses[1] > losses[0] + 1e-3
+
+
 def test_a_consistent_model_pays_for_no_divergence() -> None:
     module, (x, y) = network(), examples()
     with torch.no_grad():
@@ -230,6 +270,10 @@ def test_attacks_are_found_in_evaluation_mode_and_the_mode_comes_back() -> None:
         ("consistency(lbd=-1.0)", "must not be negative"),
         ("smoothadv(attack='fgsm')", "unknown attack on images"),
         ("adversarial(warmup=-1)", "warmup must not be negative"),
+        ("trades(beta=-1.0)", "beta must not be negative"),
+        ("trades(sigma=-0.1)", "sigma must not be negative"),
+        ("trades(m=0)", "m must be at least 1"),
+        ("trades(m=2)", "without noise, sigma 0, m must be 1"),
         ("hinge", "unknown objective 'hinge'; choose from adversarial, consistency, cross_entropy"),
     ],
 )

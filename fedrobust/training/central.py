@@ -124,7 +124,7 @@ def labelled(course: Course, dataset: Dataset, teacher: nn.Module | None = None)
     y = dataset.train_y.clone()
     teacher.eval()
     with torch.no_grad():
-        for rows in order[known:].split(256):
+        for rows in torch.split(order[known:], 256):
             y[rows] = teacher(dataset.train_x[rows]).argmax(dim=1)
     return replace(dataset, train_y=y)
 

@@ -15,6 +15,7 @@ slow every product down a hundredfold, without changing the arithmetic of the re
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fedrobust.errors import InputError
+from fedrobust.threads import ONE_THREAD
 
 Matrix = npt.NDArray[np.float64]
 Vector = npt.NDArray[np.float64]
@@ -51,6 +53,9 @@ _WIDE = 1 << 15
 _WIDE_FOR_SUMS = 1 << 14
 # Products of few rows are long sums, too, and are cut into pieces.
 _FEW, _PIECE = 16, 1 << 10
+# Half of a Gram matrix is enough. numpy's library works out half, torch's all of it, twice as fast where
+# there is AVX-512. Without, half takes 0.7 of the time for 50 and 100 rows, and 0.5 for 1000.
+_HALVED_FROM = 32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else math.inf
 _COPIED_ELEMENTS = 1 << 20
 _COUNTED_ELEMENTS = 1 << 22
 # Sorting works on transposed copies that fit the second-level cache beside their source.
@@ -178,7 +183,7 @@ def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
         wild = _wild(found.diagonal())
         return _mended(found, part, wild) if len(wild) else found
 
-    with _bfloat16() if bfloat16 else nullcontext():
+    with _bfloat16() if bfloat16 else nullcontext(), ONE_THREAD:
         total = _total((block,), multiply)
     lower = np.tril(total)
     return np.asarray(lower + np.tril(total, -1).T)
@@ -336,6 +341,10 @@ def bands(n: int) -> int:
 
 def _lower(part: Tensor) -> Tensor:
     """(n, n) float64 inner products of a tile's rows, on the diagonal and below it."""
+    if len(part) >= _HALVED_FROM and part.device.type == "cpu" and part.stride(1) == 1:
+        rows = part.numpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # what is wild is worked out again
+            return torch.from_numpy(rows @ rows.T).double()
     n, count = len(part), bands(len(part))
     edges = [n * i // count for i in range(count + 1)]
     found = torch.zeros(n, n, dtype=torch.float64, device=part.device)

@@ -1,4 +1,4 @@
-"""How many threads numpy's linear algebra takes for small matrices."""
+"""How many threads numpy's linear algebra takes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class _OneThread:
                 self._limit.restore_original_limits()
 
 
-_ONE_THREAD = _OneThread()
+ONE_THREAD = _OneThread()
+"""To be entered around work in which numpy is to start no threads of its own."""
 
 
 @contextmanager
@@ -51,5 +52,5 @@ def few_threads(n: int) -> Iterator[None]:
     if n > _SMALL:
         yield
         return
-    with _ONE_THREAD:
+    with ONE_THREAD:
         yield

@@ -121,6 +121,19 @@ def test_equal_constant_rows_are_off_by_no_more_than_is_said(n: int, value: floa
     assert running.result("filter").verdict is fr.Verdict.CLEAR
 
 
+@pytest.mark.parametrize("n", [2, 8, 20, 40])
+def test_no_constant_rows_are_off_by_more(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        values = rng.uniform(1, 2, n).astype(np.float32)
+        X = torch.from_numpy(values)[:, None].expand(n, 70_000).contiguous()
+        exact = np.outer(values, values.astype(float)) * 70_000
+        assert np.abs(kernels.gram(Block(X)) / exact - 1).max() < kernels.FLOAT32
+        for m in (1, 2):
+            found = kernels.cross(Block(X), Block(X[:m]))
+            assert np.abs(found / exact[:, :m] - 1).max() < kernels.ARRIVING
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     "extreme", [[1e30, 1e30], [1e-30, 1e-30], [1e30, 1e-30], [1e-20, 1e19], [3e38, 1e-38]]

@@ -130,27 +130,33 @@ def _start_ray() -> None:
     """A Ray of our own that nobody else can reach.
 
     Raises:
-        ConnectionError: it does not start.
+        ConnectionError: it does not start, tried twice.
     """
     # Ray replaces a loopback address by the machine's own, unless told that it is to be no cluster.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        ray.init(
-            address="local",  # never another program's cluster that happens to run here
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-        )
-    except Exception as error:
-        if type(error) is not Exception:  # that is what Ray raises when its node is not up within 30 s
-            raise
-        why = str(error).partition(". ")[0]
-        raise ConnectionError(
-            f"Ray does not start: {why}; this machine may be too busy, try again or join a cluster "
-            "with --ray-address"
-        ) from error
+    for again in (True, False):
+        try:
+            ray.init(
+                address="local",  # never another program's cluster that happens to run here
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:
+            if type(error) is not Exception:  # what Ray raises when its node is not up within 30 s
+                raise
+            why = str(error).partition(". ")[0]
+            if again:  # what has started of it ends with this process
+                log.warning("Ray does not start and is tried once more: %s", why)
+                continue
+            raise ConnectionError(
+                f"Ray does not start: {why}; this machine may be too busy, try again or join a cluster "
+                "with --ray-address"
+            ) from error
+        else:
+            return
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import grpc
 import psutil
 import pytest
 import ray
+from fedrobust_server import launch
 
 from fedrobust.cli import main
 
@@ -123,3 +124,24 @@ def test_a_machine_too_busy_for_ray_is_told_in_one_line(
     told = capsys.readouterr().err
     assert "Ray does not start: The current node timed out during startup; this machine may be" in told
     assert told.count("\n") == 1
+
+
+def test_a_ray_that_is_not_up_in_time_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that is busy for a moment; Ray's patience is a number in its code."""
+    late = Exception("The current node timed out during startup. This could happen because ...")
+    for outcomes, ends in (([late, None], True), ([late, late], False)):
+        left = list(outcomes)
+
+        def init(*_: object, left: list[Exception | None] = left, **__: object) -> None:
+            if (outcome := left.pop(0)) is not None:
+                raise outcome
+
+        monkeypatch.setattr(launch.ray, "init", init)
+        monkeypatch.setattr(launch.ray_constants, "ENABLE_RAY_CLUSTER", False)  # and put back
+        monkeypatch.setenv(launch.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0")
+        if ends:
+            launch._start_ray()
+        else:
+            with pytest.raises(ConnectionError, match="timed out during startup; this machine may be"):
+                launch._start_ray()
+        assert not left

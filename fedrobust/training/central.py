@@ -104,8 +104,8 @@ def labelled(course: Course, dataset: Dataset, teacher: nn.Module | None = None)
     """The training images whose labels a course uses, and the others with a teacher's labels.
 
     Self-training, as in Carmon, Raghunathan, Schmidt, Liang, Duchi, "Unlabeled Data Improves Adversarial
-    Robustness", NeurIPS 2019 (arXiv 1905.13736), algorithm 1, and Salman et al. 2019 (arXiv 1906.04584),
-    section 4.2. Courses with the same seed and part use the same labels.
+    Robustness", NeurIPS 2019 (arXiv 1905.13736), algorithm 1, and Salman et al. 2019 (arXiv 1906.04584).
+    Courses with the same seed and part use the same labels.
 
     Args:
         course: says which part that is, at least one image.

@@ -184,7 +184,9 @@ class Gram:
     def squared_distances(self) -> Matrix:
         """(n, n) squared distances between rows: zero diagonal, never negative."""
         norms = np.diag(self.matrix)
-        distances = np.maximum(norms[:, None] + norms[None, :] - 2 * self.matrix, 0.0)
+        distances: Matrix = norms[:, None] + norms[None, :]
+        distances -= 2 * self.matrix
+        np.maximum(distances, 0.0, out=distances)
         np.fill_diagonal(distances, 0.0)
         return distances
 
@@ -193,7 +195,9 @@ class Gram:
         """(n, n) cosines between rows: 1 on the diagonal, otherwise 0 for a row of zeros."""
         lengths = self.lengths
         inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-        cosines: Matrix = np.clip(inverse[:, None] * self.matrix * inverse[None, :], -1.0, 1.0)
+        cosines: Matrix = inverse[:, None] * self.matrix
+        cosines *= inverse[None, :]
+        np.clip(cosines, -1.0, 1.0, out=cosines)
         np.fill_diagonal(cosines, 1.0)
         return cosines
 
@@ -283,7 +287,8 @@ class Gram:
         kept = weights[support]
         toward = part @ kept
         root = np.sqrt(kept)
-        centred = part - toward[:, None] - (toward - kept @ toward)[None, :]
+        centred = part - toward[:, None]
+        centred -= (toward - kept @ toward)[None, :]
         centred *= root[:, None]
         centred *= root[None, :]
         return np.asarray(centred)
@@ -326,14 +331,20 @@ class Gram:
         """
         count, ending = self.count_signs, self.ending
         multiply, factor, norms = self._multiply, self.factor, self.norms
+        own = stretches(matrix)
         if norms is not None:
-            own = stretches(matrix)
             norms = None if own is None else self.squared_norms * own**2
         mixed = None if factor is None else matrix @ factor
 
         def compute() -> Matrix:
+            if own is not None:
+                scaled = np.outer(own, own)
+                scaled *= self.matrix
+                return scaled
             seen = matrix @ self.matrix @ matrix.T
-            return np.asarray((seen + seen.T) / 2)  # rounding must not give a pair two distances
+            seen = seen + seen.T
+            seen /= 2  # rounding must not give a pair two distances
+            return np.asarray(seen)
 
         def beside() -> Matrix:
             rows, own = np.split(self._beside_anchors, [self.n])
@@ -359,7 +370,8 @@ class Gram:
         """The same rows and, last, the reference itself as a row without share."""
         matrix = np.eye(self.n + 1, self.n)  # a row of zeros is the reference
         seen = self.through(matrix, np.append(self.shares, 0.0), self.eps)
-        return seen if self.norms is None else replace(seen, norms=np.append(self.squared_norms, 0.0))
+        norms = None if self.norms is None else np.append(self.squared_norms, 0.0)
+        return replace(seen, compute=lambda: np.pad(self.matrix, (0, 1)), norms=norms)
 
     def assuming(self, eps: float) -> Gram:
         """The same rows with another mass that may be malicious."""

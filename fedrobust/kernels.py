@@ -57,7 +57,7 @@ _FEW, _PIECE = 16, 1 << 10
 # there is AVX-512. With AVX2 alone half takes 0.8 of the time for 50 rows, and 0.6 for 1000.
 _HALVED_FROM = 32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else math.inf
 _COPIED_ELEMENTS = 1 << 20
-_COUNTED_ELEMENTS = 1 << 22
+_COUNTED_ELEMENTS = 1 << 21
 # Sorting works on transposed copies that fit the second-level cache beside their source.
 _SORTED_ELEMENTS = 1 << 18
 # What is not worth a thread.
@@ -181,12 +181,13 @@ def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
     def multiply(part: Tensor) -> Tensor:
         found = _lower(part)
         wild = _wild(found.diagonal())
-        return _mended(found, part, wild) if len(wild) else found
+        return _mended(found.double(), part, wild) if len(wild) else found
 
     with _bfloat16() if bfloat16 else nullcontext(), ONE_THREAD:
         total = _total((block,), multiply)
-    lower = np.tril(total)
-    return np.asarray(lower + np.tril(total, -1).T)
+    for i in range(1, block.n):  # in place, for another matrix is not small
+        total[:i, i] = total[i, :i]
+    return total
 
 
 def cross(block: Block, fresh: Block) -> Matrix:
@@ -340,14 +341,16 @@ def bands(n: int) -> int:
 
 
 def _lower(part: Tensor) -> Tensor:
-    """(n, n) float64 inner products of a tile's rows, on the diagonal and below it."""
+    """(n, n) inner products of a tile's rows, on the diagonal and below it."""
     if len(part) >= _HALVED_FROM and part.device.type == "cpu" and part.stride(1) == 1:
         rows = part.numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # what is wild is worked out again
-            return torch.from_numpy(rows @ rows.T).double()
+            return torch.from_numpy(rows @ rows.T)
     n, count = len(part), bands(len(part))
+    if count == 1:
+        return _inner(part, part)
     edges = [n * i // count for i in range(count + 1)]
-    found = torch.zeros(n, n, dtype=torch.float64, device=part.device)
+    found = part.new_zeros(n, n)
     for start, stop in itertools.pairwise(edges):
         found[start:stop, :stop] = _inner(part[start:stop], part[:stop])
     return found
@@ -444,13 +447,15 @@ def _total(blocks: tuple[Block, ...], part: Callable[..., Tensor], width: int | 
             tiles = (b.tile(columns, room) for b, room in zip(blocks, rooms, strict=True))
             return part(*tiles)
 
-        found = work(first)
+        found = work(first).double()
         for columns in others:
             found += work(columns)
         return found
 
-    parts = _stretches(blocks[0], total)
-    return np.asarray(sum(parts[1:], start=parts[0]).cpu().numpy())
+    found, *others = _stretches(blocks[0], total)
+    for other in others:
+        found += other
+    return np.asarray(found.cpu().numpy())
 
 
 def _stretches(block: Block, work: Callable[[slice], T]) -> list[T]:

@@ -70,7 +70,8 @@ class CosineMajority(Weighting):
             return weigh(gram.shares)
         from sklearn.cluster import HDBSCAN  # noqa: PLC0415 (takes a second)
 
-        distances = np.round(np.maximum(1 - gram.cosines, 0.0), _DIGITS)
+        distances = np.maximum(1 - gram.cosines, 0.0)
+        np.round(distances, _DIGITS, out=distances)
         clusters = HDBSCAN(
             min_cluster_size=gram.n // 2 + 1,
             min_samples=1,

@@ -193,12 +193,10 @@ def _beside(arena: Arena) -> Table:
 
 def _mean(values: Iterable[float]) -> str:
     """Of the finite ones, and how many those are where that is not all."""
-    known = list(values)
-    found = summary(known)
+    found = summary(values)
     if not found.count:
-        return "\N{INFINITY}" if known else _NONE
-    text = f"{found.mean:.3g}"
-    return text if found.count == len(known) else f"{text} ({found.count} of {len(known)} runs)"
+        return "\N{INFINITY}" if found.lost else _NONE
+    return f"{found.mean:.3g}{found.share}"
 
 
 def _certified(arena: Arena) -> Table:

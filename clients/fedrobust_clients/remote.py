@@ -95,7 +95,8 @@ async def run(
         client: this client's name.
         prepare: makes the runtime for the server's task.
         watch: is told of every receipt, with its round.
-        patience: seconds that the server may stay away before we give up.
+        patience: seconds that the server may stay away before we give up; not for how long it says
+            nothing while it is there.
         credentials: for TLS; None sends everything in the clear.
         imports: whether the server may name a model or dataset by import path; its code then runs here.
 
@@ -108,20 +109,22 @@ async def run(
     """
     token = credentials.token if credentials else b""
     part = Participation(client, prepare, watch, token=token, imports=imports)
+    gone = time.monotonic()  # since when it may have been away
     while True:
-        heard = part.heard
         for pause in pauses():
             async with open_channel(address, credentials, _OPTIONS) as channel:
                 try:
                     await part.attend(GrpcConnection(channel, patience))
                 except grpc.aio.AioRpcError as error:
-                    away = time.monotonic() - part.heard
-                    if error.code() in _FOR_GOOD or away > patience:
+                    now = time.monotonic()
+                    if was_there := part.heard > gone:
+                        gone = now
+                    if error.code() in _FOR_GOOD or now - gone > patience:
                         raise ConnectionError(
                             f"the server at {address} answered {error.code().name}: {error.details()}"
                         ) from None
                 else:
                     return part.accepted
             await asyncio.sleep(pause)
-            if part.heard != heard:  # it was there for a while: begin with short pauses again
+            if was_there:  # begin with short pauses again
                 break

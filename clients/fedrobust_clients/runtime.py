@@ -125,7 +125,7 @@ class Participation:
 
         Args:
             client: its name.
-            prepare: makes the runtime for the server's task; called once.
+            prepare: makes the runtime for the server's task; called once for a run.
             watch: is told of every receipt, with its round.
             token: a signed enrolment token, where the server asks for one.
             encoding: how vectors travel; None leaves it to the server.
@@ -133,6 +133,7 @@ class Participation:
         """
         self._client, self._prepare, self._watch = client, prepare, watch
         self._token, self._encoding, self._imports = token, encoding, imports
+        self._run: tuple[str, str] | None = None
         self._runtime: Runtime | None = None
         self._model = _Download(0)
         self._work: _Work | None = None
@@ -148,8 +149,10 @@ class Participation:
         """
         enrolled = await connection.enrol(EnrolRequest(client=self._client, token=self._token))
         self.heard = time.monotonic()
-        if self._runtime is None:
+        run = enrolled.federation, enrolled.task
+        if self._runtime is None or self._run != run:  # what was worked out for another is of no use
             self._runtime = self._prepare(Task.from_json(enrolled.task, imports=self._imports))
+            self._run, self._work, self._model = run, None, _Download(0)
         encoding = self._encoding or enrolled.encoding
         if self._work is not None and not self._work.settled:  # its receipt was lost, perhaps
             progress = await self._progress(connection, enrolled.session, self._work)

@@ -19,6 +19,8 @@ from fedrobust_server.limits import Limits
 from fedrobust_server.security import Security
 from grpc import StatusCode
 
+from fedrobust.training import Task
+
 CHUNK = pb.SubmitRequest(chunk=pb.Chunk(data=b"1234"))
 
 
@@ -38,7 +40,7 @@ class Recorder:
             raise RuntimeError("a secret of the server's")
         session = f"{request.client}-{len(self.enrolled)}".encode()
         self.sessions[session] = request.client
-        return pb.EnrolReply(session=session)
+        return pb.EnrolReply(session=session, task=Task().to_json())
 
     def owner(self, session: bytes) -> str | None:
         return self.sessions.get(session)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fedrobust.training import Evaluation, Manifest
 from fedrobust_server.config import RunConfig
 from fedrobust_server.ledger import Ledger
 from fedrobust_server.metrics import Metrics
-from fedrobust_server.quarantine import Override, evidence, parse_policy
+from fedrobust_server.quarantine import Changed, Override, evidence, parse_policy
 from fedrobust_server.record import columns
 from fedrobust_server.runs import RunFolder
 from fedrobust_server.schedule import parse_schedule
@@ -116,6 +116,21 @@ class Aftermath:
         """Clients that are asked no more."""
         return self._suspects.excluded
 
+    def heed(self, number: int) -> bool:
+        """Do what operators have decided, before this round begins; whether there was anything to do."""
+        self._suspects, changes = self._ledger.override(self._policy, self._suspects, number)
+        self._tell(number - 1, changes)
+        self._metrics.stand(self._suspects)
+        return bool(changes)
+
+    def catch_up(self, number: int, model: Floats) -> None:
+        """Begin to evaluate the model after a round, which a server that was killed did not come to."""
+
+        async def judge() -> None:
+            await self.keep(number, model)
+
+        self._judged = self._spawn(judge())
+
     def follow(self, closed: ClosedRound, model: Floats) -> None:
         """Judge a round's clients, and begin to save what it led to: this model."""
         self._recorded = self._spawn(self._record(closed))
@@ -165,18 +180,21 @@ class Aftermath:
         self._suspects, changes = self._ledger.judge_clients(
             self._policy, self._suspects, closed.number, found, decided
         )
+        self._tell(closed.number, changes)
+        self._metrics.judged(found, self._suspects)
+
+    def _tell(self, number: int, changes: Sequence[Changed]) -> None:
         for change in changes:
             log.warning(
                 "a client's standing has changed",
                 extra={
-                    "round": closed.number,
+                    "round": number,
                     "client": change.name,
                     "standing": change.client.standing.value,
                     "reason": change.reason,
                     "who": change.who,
                 },
             )
-        self._metrics.judged(found, self._suspects)
 
     async def _record(self, closed: ClosedRound) -> None:
         """Save what a round led to; only then its updates go."""

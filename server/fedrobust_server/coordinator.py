@@ -54,6 +54,7 @@ from fedrobust_server.metrics import Metrics
 from fedrobust_server.quarantine import MALFORMED
 from fedrobust_server.reception import (
     LOST,
+    BarredError,
     DeniedError,
     LeavingError,
     Outcome,
@@ -75,6 +76,8 @@ log = logging.getLogger(__name__)
 
 _ATTEMPTS = 4
 """How often a round is worked out before losing shards ends the run."""
+_HEED = 2.0
+"""Seconds between looks for what operators decide, while the federation waits for clients."""
 _LEAVING = "the server stops; come back later"
 
 
@@ -102,6 +105,7 @@ class _Round:
         malformed: clients that sent what cannot be an update.
         spread: how far updates stand out, where the schedule looks at that after this round.
         places: of the updates that are being taken in, the latest of each client.
+        unsent: tickets of updates of which something could not be passed on to the shards.
         root: the server's own update, while the clients' come in; None where the rule looks at none.
         opened: on the loop's clock.
         closes_at: on the loop's clock.
@@ -119,6 +123,7 @@ class _Round:
     root: asyncio.Future[Floats] | None = None
     opened: float = 0.0
     places: dict[str, Place] = field(default_factory=dict)
+    unsent: set[int] = field(default_factory=set)
     closes_at: float = 0.0
 
     @classmethod
@@ -128,6 +133,7 @@ class _Round:
         current = cls(standing.round, slots)
         current.norms = {client: norm for client, (_, norm) in standing.accepted.items()}
         current.digests = {c: bytes.fromhex(digest) for c, (digest, _) in standing.accepted.items()}
+        current.malformed = set(standing.failed)
         return current
 
 
@@ -174,6 +180,8 @@ class Coordinator(Reception):
         self._aftermath = Aftermath(
             config, manifest, ledger, folder, evaluate, watch, metrics, self._spawn
         )
+        if standing is None or standing.closed:  # of an open round the choice stands
+            self._aftermath.heed(standing.round + 1 if standing else 1)
         self._state = machine.State(plan, excluded=self._aftermath.excluded)
         self._standing, self._round = standing, _Round()
         # Actions are held until the shards are as they were.
@@ -213,6 +221,7 @@ class Coordinator(Reception):
             await self._resume(self._standing)
         self._ready.set()
         self._perform(self._held)
+        self._spawn(self._heed())
         if self._state.phase is Phase.DONE:
             self._finish()
         try:
@@ -244,15 +253,15 @@ class Coordinator(Reception):
             gateway: where; "" is this process.
 
         Raises:
-            DeniedError: the name is not one that logs and files can carry, or another's.
+            BarredError: the name is not one that logs and files can carry, or another's.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", request.client):
-            raise DeniedError(
+            raise BarredError(
                 "a client's name must be up to 64 letters, digits, '.', '_' or '-', got "
                 f"{request.client[:64]!r}"
             )
         if identity is not None and request.client != identity:
-            raise DeniedError(f"you are {identity!r} and cannot join as {request.client!r}")
+            raise BarredError(f"you are {identity!r} and cannot join as {request.client!r}")
         session = secrets.token_bytes(16)
         owners = {key: other.client for key, other in self._sessions.items()}
         for key in surplus(owners, request.client):
@@ -366,14 +375,17 @@ class Coordinator(Reception):
         self._metrics.received.inc(outcome.received)
         current, client, fault = self._round, place.client, outcome.fault
         late = place.header.round != current.number
-        if place.gateway and fault is None and not late and current.spool is not None:
+        unsent = place.gateway or place.ticket in current.unsent
+        if unsent and fault is None and not late and current.spool is not None:
             # Shards that cannot see the spool are passed on what comes in here, chunk by chunk. Another
             # process need not know them: its updates are read from the spool, which we share.
             try:
                 await asyncio.to_thread(self._shards.send, current.spool, place.slot)
-            except OSError as error:  # the place must not stay taken; the update is still in it
-                reason = f"the server cannot read updates: {error.strerror or error}; try again"
-                fault = Fault(Status.STATUS_UNAVAILABLE, reason)
+            except (OSError, RayError) as error:  # the place must not stay taken; the update is in it
+                reason = getattr(error, "strerror", None) or str(error)
+                fault = Fault(
+                    Status.STATUS_UNAVAILABLE, f"the server cannot read updates: {reason}; try again"
+                )
         storing = current.places.get(client)
         if storing is not None and storing.ticket == place.ticket:
             del current.places[client]
@@ -464,7 +476,10 @@ class Coordinator(Reception):
 
     def _stored(self, slot: int, ticket: int, start: int, values: Floats) -> None:
         """Some of an update is in the spool."""
-        self._shards.write(slot, start, values)
+        try:
+            self._shards.write(slot, start, values)
+        except RayError:  # it has no room just now: the update is sent as a whole in the end
+            self._round.unsent.add(ticket)
         if self._combination.weighs:
             self._folding.stored(slot, ticket, start, values)
 
@@ -537,9 +552,25 @@ class Coordinator(Reception):
             await self._enduring(self._restore)
             self._train(current)
             current.begun.set()
+            if not standing.judged:
+                self._aftermath.catch_up(number - 1, self._model)
         else:
             await self._aftermath.keep(number, self._model)
         self._count_down(number)
+
+    async def _heed(self) -> None:
+        """Do what operators decide while too few clients are there, when no round's end does it."""
+        while True:
+            await asyncio.sleep(_HEED)
+            if self._state.phase is not Phase.WAITING:
+                continue
+            try:
+                changed = self._aftermath.heed(self._state.round + 1)
+            except sqlite3.OperationalError as error:  # the disk is full: it is left for later
+                log.error("decisions cannot be recorded: %s", error)  # noqa: TRY400
+            else:
+                if changed:
+                    self._happened(machine.Excluded(self._aftermath.excluded))
 
     def _train(self, current: _Round) -> None:
         """Begin the server's own update of a round, if the rule looks at it."""

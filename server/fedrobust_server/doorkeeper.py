@@ -15,7 +15,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from fedrobust_server.limits import Limits, Slots, due, prompt
-from fedrobust_server.reception import DeniedError, LeavingError
+from fedrobust_server.reception import BarredError, DeniedError, LeavingError
 from fedrobust_server.refusals import MalformedError, RefusedError, StalledError
 
 LOG = logging.getLogger(__name__)
@@ -121,6 +121,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
                 yield arriving.close
         except RefusedError as error:
             await _abort(context, error.code, str(error))
+        except BarredError as error:
+            await _abort(context, grpc.StatusCode.PERMISSION_DENIED, str(error))
         except DeniedError as error:
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except LeavingError as error:

@@ -87,9 +87,10 @@ class Standing:
         round: the last round that began.
         selected: who was asked in it, in the order of their slots.
         accepted: the updates that count: client to digest, hexadecimal, and norm.
-        failed: whose turn in it is lost.
+        failed: whose turn in it is lost: they sent what cannot be an update.
         collected: whether it had closed to further updates.
         closed: whether it had been dealt with.
+        judged: whether the model that it began with had been evaluated, or needs not be.
         state_round: the last round that moved the model, 0 before the first.
         state: digest of the server's state after that, hexadecimal; empty before the first.
     """
@@ -100,6 +101,7 @@ class Standing:
     failed: frozenset[str]
     collected: bool
     closed: bool
+    judged: bool
     state_round: int
     state: str
 
@@ -240,9 +242,24 @@ class Ledger:
                 state, changes = observe(policy, before, number, found)
                 suspicion.keep(self._db, number, before, state, found)
                 for override in decided:
-                    suspicion.request(self._db, override)
+                    if not suspicion.applied(self._db, override, number + 1):
+                        suspicion.request(self._db, override)
             state, overridden = suspicion.apply_requests(self._db, policy, state, number + 1)
         return state, [*changes, *overridden]
+
+    def override(self, policy: Policy, before: State, number: int) -> tuple[State, list[Changed]]:
+        """What operators decided is done, between two rounds.
+
+        Args:
+            policy: of the run.
+            before: how the clients stood.
+            number: of the round that is about to begin.
+
+        Returns:
+            As `judge_clients`.
+        """
+        with self._db:
+            return suspicion.apply_requests(self._db, policy, before, number)
 
     def rounds(self) -> list[dict[str, Any]]:
         """All rounds in order, as columns by name."""
@@ -271,6 +288,9 @@ class Ledger:
         moved = self._db.execute(
             "SELECT round, state FROM rounds WHERE state IS NOT NULL ORDER BY round DESC LIMIT 1"
         ).fetchone()
+        before = self._db.execute(
+            "SELECT accuracy FROM rounds WHERE round = ?", (last["round"] - 1,)
+        ).fetchone()
         selected = tuple(json.loads(last["selected"]))
         accepted = {
             a["client"]: (a["digest"], a["norm"] or 0.0) for a in answers if a["status"] == "ACCEPTED"
@@ -284,6 +304,7 @@ class Ledger:
             failed=frozenset(lost & set(selected)) - accepted.keys(),
             collected=last["collected"] is not None,
             closed=last["closed"] is not None,
+            judged=before is None or before["accuracy"] is not None,
             state_round=moved["round"] if moved else 0,
             state=moved["state"] if moved else "",
         )

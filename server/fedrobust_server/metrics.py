@@ -146,6 +146,10 @@ class Metrics:
     def judged(self, found: Mapping[str, float], state: State) -> None:
         """A round's evidence by client, and how all clients stand after it."""
         self._outliers.set(sum(e >= 0.5 for e in found.values()))
+        self.stand(state)
+
+    def stand(self, state: State) -> None:
+        """How all clients stand."""
         for standing, count in state.standings.items():
             self._clients.labels(standing.name.lower()).set(count)
 

@@ -49,6 +49,8 @@ from fedrobust.text import Textual, parse
 WATCH = "quarantine(rounds=0)"
 """The default policy: gather suspicion, exclude nobody."""
 
+MOST_ROUNDS = 2**31
+"""Longer than any run; the ledger's numbers have 64 bits."""
 MALFORMED = frozenset({"NON_FINITE", "WRONG_LENGTH", "WRONG_DTYPE", "WRONG_DIGEST", "MALFORMED"})
 """Answers that are evidence; being late, cut off or sent twice may be the network's fault."""
 
@@ -60,7 +62,7 @@ class Policy(Textual):
     Attributes:
         tolerance: the part of its weight that a client may lose on average, in (0, 1).
         threshold: how much more than that, added up over rounds, excludes it.
-        rounds: for how many rounds; 0 excludes nobody and only watches.
+        rounds: for how many rounds, at most 2^31; 0 excludes nobody and only watches.
         strikes: which exclusion is for good; 1 for the first.
         most: at most this part of the clients is excluded at one time without an operator, in (0, 1];
             more would contradict the assumption that most clients are honest.
@@ -79,6 +81,7 @@ class Policy(Textual):
         self.require(0 < self.tolerance < 1, "tolerance must be in (0, 1)")
         self.require(self.threshold > 0, "threshold must be above 0")
         self.require(self.rounds >= 0, "rounds must not be negative; 0 excludes nobody")
+        self.require(self.rounds <= MOST_ROUNDS, f"rounds must be at most {MOST_ROUNDS}")
         self.require(self.strikes >= 1, "strikes must be at least 1")
         self.require(0 < self.most <= 1, "most must be in (0, 1]")
 
@@ -183,7 +186,7 @@ class Exclude(Textual):
     """Exclude a client for a number of rounds.
 
     Attributes:
-        rounds: how many, at least 1.
+        rounds: how many, from 1 to 2^31.
     """
 
     name = "exclude"
@@ -192,6 +195,7 @@ class Exclude(Textual):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.rounds >= 1, "rounds must be at least 1")
+        self.require(self.rounds <= MOST_ROUNDS, f"rounds must be at most {MOST_ROUNDS}; ban is for good")
 
 
 Action = Release | Ban | Exclude

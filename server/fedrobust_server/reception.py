@@ -44,6 +44,10 @@ class DeniedError(Exception):
     """A call that cannot be answered at all: no such session, no such round."""
 
 
+class BarredError(DeniedError):
+    """A client that cannot join as whom it says it is, however often it asks."""
+
+
 class LeavingError(Exception):
     """The server is going away, and will be back."""
 
@@ -116,7 +120,7 @@ class Reception(ABC):
             identity: who that is for certain; None believes the request.
 
         Raises:
-            DeniedError: the name is not one that logs and files can carry, or another's.
+            BarredError: the name is not one that logs and files can carry, or another's.
         """
 
     @abstractmethod

@@ -236,7 +236,8 @@ def step(state: State, event: Event) -> tuple[State, Sequence[Action]]:  # noqa:
         case Resumed():
             return _resumed(state, event)
         case Excluded(clients):
-            return replace(state, excluded=clients), []
+            state = replace(state, excluded=clients)
+            return _open(state) if state.phase is Phase.WAITING else (state, [])
         case Draining():
             state = replace(state, draining=True)
             if state.phase in {Phase.WAITING, Phase.COLLECTING}:  # what has come in is kept

@@ -1,7 +1,7 @@
 """Suspicion in the ledger: two tables, written by the server at round ends and by operators at any time.
 
-Nothing here commits: the caller's `with db:` holds what belongs together, so that after a crash a round
-is closed with its suspicion or not closed at all. Any row factory that gives sequences will do.
+Nothing here commits: the caller's `with db:` holds what belongs together, so that after a crash the
+suspicion of a round is there as a whole or not at all. Any row factory that gives sequences will do.
 """
 
 from __future__ import annotations
@@ -86,6 +86,12 @@ def request(db: sqlite3.Connection, decided: Override) -> None:
         "INSERT INTO overrides (at, client, action, reason, who) VALUES (?, ?, ?, ?, ?)",
         (time.time(), decided.client, repr(decided.action), decided.reason, decided.who),
     )
+
+
+def applied(db: sqlite3.Connection, decided: Override, number: int) -> bool:
+    """Whether this client has been decided about by the same, to hold from the round `number` on."""
+    query = "SELECT 1 FROM overrides WHERE client = ? AND who = ? AND applied = ?"
+    return db.execute(query, (decided.client, decided.who, number)).fetchone() is not None
 
 
 def apply_requests(

@@ -177,8 +177,9 @@ def test_calls_without_a_session_or_with_a_bad_name_are_denied(serve: Served) ->
     async def scenario() -> None:
         async with serve(config()) as (stub, _):
             for name in ("", "../../etc", "a" * 65, "x\n", "\x1b[31m"):
-                with pytest.raises(grpc.aio.AioRpcError, match="name"):
+                with pytest.raises(grpc.aio.AioRpcError, match="name") as caught:
                     await stub.Enrol(pb.EnrolRequest(client=name))
+                assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED  # for good
             with pytest.raises(grpc.aio.AioRpcError, match="unknown session"):
                 await stub.Submit(iter(requests(b"guess", 1, GOOD)[:1]))
             with pytest.raises(grpc.aio.AioRpcError, match="unknown session"):

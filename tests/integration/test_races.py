@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
@@ -16,17 +19,21 @@ import numpy.typing as npt
 import pytest
 import torch
 from fedrobust_proto.v1 import federation_pb2 as pb
+from fedrobust_server import coordinator as coordination
 from fedrobust_server import lifeline
+from fedrobust_server.audit import decide
 from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import Coordinator, Root
 from fedrobust_server.gateways import _Link
 from fedrobust_server.metrics import Metrics
 from fedrobust_server.outpost import Outpost
+from fedrobust_server.quarantine import Ban, Release
 from fedrobust_server.reception import LeavingError, Reception
-from fedrobust_server.round import KEEPS_TURN
+from fedrobust_server.round import KEEPS_TURN, Phase
 from fedrobust_server.runs import RunFolder
 from fedrobust_server.shards import Shard
 from fedrobust_server.spool import Spool, identity
+from ray.exceptions import OutOfDiskError
 
 from fedrobust import InputError, aggregate
 from fedrobust.optimisers import parse_optimiser
@@ -320,18 +327,20 @@ def test_an_update_that_ends_while_the_server_stops_may_come_again(tmp_path: Pat
     assert (set(standing.accepted), standing.failed, standing.closed) == ({"a"}, frozenset(), False)
 
 
+async def first_round(folder: RunFolder, config: RunConfig) -> None:
+    """One round of one client; the server is killed before the next begins."""
+    server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+    running = asyncio.ensure_future(server.run())
+    session = await enter(server, "a", heard)
+    await until(server._round.begun.is_set)
+    await asyncio.gather(server.submit(stream(update(session, 1, honest("a")))), leave(*heard))
+    await until(lambda: bool(server._ledger.rounds()[0]["closed"]))
+    await leave(running)
+    server._ledger.close()
+
+
 def test_who_comes_early_to_a_resumed_server_waits_for_the_right_round(tmp_path: Path) -> None:
     folder, config = run_of(tmp_path, 1, rounds=2, rule="mean", deadline=60.0)
-
-    async def first() -> None:
-        server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
-        running = asyncio.ensure_future(server.run())
-        session = await enter(server, "a", heard)
-        await until(server._round.begun.is_set)
-        await asyncio.gather(server.submit(stream(update(session, 1, honest("a")))), leave(*heard))
-        await until(lambda: bool(folder.ledger().rounds()[0]["closed"]))
-        await leave(running)
-        server._ledger.close()
 
     def slowly(_model: Any) -> Evaluation:
         time.sleep(0.3)
@@ -348,7 +357,7 @@ def test_who_comes_early_to_a_resumed_server_waits_for_the_right_round(tmp_path:
         await running
         await leave(*heard)
 
-    asyncio.run(first())
+    asyncio.run(first_round(folder, config))
     asyncio.run(then())
 
 
@@ -412,6 +421,145 @@ def test_rounds_wait_for_models_to_be_judged(tmp_path: Path) -> None:
     assert max(ahead) <= 3
     assert len(judged) == 6
     assert len(list((folder.path / "checkpoints").iterdir())) == 3
+
+
+def test_what_is_decided_while_the_server_is_down_holds_from_the_next_round(tmp_path: Path) -> None:
+    folder, config = run_of(tmp_path, 1, rounds=2, rule="mean")
+    asyncio.run(first_round(folder, config))
+    decide(folder.path, "a", Ban(), "sends poison")
+    server = coordinator(folder, config)
+    assert server._state.excluded == {"a"}
+    assert [row["applied"] for row in server._ledger._db.execute("SELECT applied FROM overrides")] == [2]
+
+
+def test_who_is_released_while_the_federation_waits_ends_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordination, "_HEED", 0.02)
+    folder, config = run_of(tmp_path, 1, rounds=2, rule="mean")
+    asyncio.run(first_round(folder, config))
+    decide(folder.path, "a", Ban(), "sends poison")
+
+    async def scenario() -> None:
+        server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        session = await enter(server, "a", heard)
+        await asyncio.sleep(0.2)
+        assert (server._state.phase, server._state.round) == (Phase.WAITING, 1)
+        decide(folder.path, "a", Release(), "it does not")
+        await until(lambda: server._state.phase is Phase.COLLECTING)
+        await server.submit(stream(update(session, 2, honest("a"))))
+        await running
+        await leave(*heard)
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_an_update_stays_evidence_when_the_server_is_killed(tmp_path: Path) -> None:
+    folder, config = run_of(tmp_path, 3, rounds=1, rule="mean")
+
+    async def scenario() -> None:
+        for killed in (True, False):
+            server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+            running = asyncio.ensure_future(server.run())
+            sessions = {name: await enter(server, name, heard) for name in "abc"}
+            await until(server._round.begun.is_set)
+            if killed:
+                bad = update(sessions["c"], 1, np.full(D, np.nan, np.float32))
+                assert (await server.submit(stream(bad))).status == pb.STATUS_NON_FINITE
+                await leave(running, *heard)
+                server._ledger.close()
+        for name in "ab":
+            await server.submit(stream(update(sessions[name], 1, honest(name))))
+        await running
+        await leave(*heard)
+        assert server._ledger.suspects().clients["c"].suspicion > 0
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_a_killed_server_did_not_come_to_is_kept_and_judged(tmp_path: Path) -> None:
+    folder, config = run_of(tmp_path, 1, rounds=3, rule="mean", checkpoint_every=1)
+    gate, there = threading.Event(), tmp_path / "copy"
+
+    def slowly(_model: Any) -> Evaluation:
+        gate.wait(60)
+        return EVALUATION
+
+    async def first() -> None:
+        server, heard = coordinator(folder, config, slowly), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        session = await enter(server, "a", heard)
+        await until(server._round.begun.is_set)
+        await server.submit(stream(update(session, 1, honest("a"))))
+        await until(lambda: server._round.number == 2 and server._round.begun.is_set())
+        shutil.copytree(folder.path, there)  # what is there if it is killed now
+        gate.set()
+        await leave(running, *heard)
+
+    async def then() -> None:
+        server, heard = coordinator(RunFolder(there), config), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        session = await enter(server, "a", heard)
+        for number in (2, 3):
+            await until(lambda n=number: server._round.number == n)  # type: ignore[misc]
+            await server.submit(stream(update(session, number, honest("a"))))
+        await running
+        await leave(*heard)
+        assert [row["accuracy"] for row in server._ledger.rounds()] == [0.5, 0.5, 0.5]
+
+    asyncio.run(first())
+    for begun in there.glob("checkpoints/*"):  # as if it had been killed a moment before
+        begun.unlink()
+    asyncio.run(then())
+    assert len(list(there.glob("checkpoints/*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_what_could_not_be_passed_on_to_a_shard_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    """To one that cannot see the spool; Ray's memory may be full for a moment, or for long."""
+    calls = itertools.count(1)
+
+    def full() -> None:
+        if next(calls) == 2 or lasting:
+            raise OutOfDiskError("no room")
+
+    def opened(self: Here, spool: Spool) -> None:
+        self.shard.open(spool.slots, None)
+
+    def write(self: Here, slot: int, start: int, values: Any) -> None:
+        full()
+        self.shard.write(slot, start, values)
+
+    def send(self: Here, spool: Spool, slot: int) -> None:
+        if lasting:
+            full()
+        self.shard.write(slot, 0, spool.read(slot, 0, D))
+
+    for method in (write, send):
+        monkeypatch.setattr(Here, method.__name__, method)
+    monkeypatch.setattr(Here, "open", opened)
+    monkeypatch.setattr(Here, "follow", lambda *_: None)
+    folder, config = run_of(tmp_path, 1, rounds=1, rule="mean")
+
+    async def scenario() -> None:
+        server, heard = coordinator(folder, config), list[asyncio.Task[None]]()
+        running = asyncio.ensure_future(server.run())
+        session = await enter(server, "a", heard)
+        receipt = await server.submit(stream(update(session, 1, honest("a"))))
+        if lasting:
+            assert receipt.status == pb.STATUS_UNAVAILABLE
+            assert "no room" in receipt.reason
+            assert not server._round.places
+            await leave(running)
+        else:
+            assert receipt.status == pb.STATUS_ACCEPTED
+            np.testing.assert_allclose(await running, honest("a"), atol=1e-6)
+        await leave(*heard)
+
+    asyncio.run(scenario())
 
 
 def test_a_run_has_one_server_at_a_time(tmp_path: Path) -> None:

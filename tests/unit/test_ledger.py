@@ -7,8 +7,9 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from fedrobust_server import suspicion
 from fedrobust_server.ledger import Answer, Ledger
-from fedrobust_server.quarantine import Ban, Override, Policy, State
+from fedrobust_server.quarantine import Ban, Override, Policy, Release, State
 from fedrobust_server.round import KEEPS_TURN
 
 from fedrobust import InputError
@@ -131,3 +132,17 @@ def test_what_an_operator_decides_costs_no_rounds_evidence(tmp_path: Path) -> No
         assert state.clients["a"].suspicion == 1.5
         again, changes = ledger.judge_clients(policy, state, 3, found, [sent])  # after a crash
         assert (again, changes) == (state, [])
+
+
+def test_a_round_that_is_judged_again_does_not_undo_what_was_decided_since(tmp_path: Path) -> None:
+    """A rule without weights leaves no evidence by which to tell that the round was judged."""
+    with contextlib.closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        sent = [Override(name, Ban(), "look 1", "sever") for name in "ab"]
+        state, _ = ledger.judge_clients(Policy(), State(), 2, {}, sent)
+        assert state.excluded == {"a", "b"}
+        with ledger._db:  # the server is killed, and an operator looks at what it did
+            suspicion.request(ledger._db, Override("b", Release(), "an honest one", "operator"))
+        state, _ = ledger.judge_clients(Policy(), ledger.suspects(), 2, {}, sent)
+        assert state.excluded == {"a"}
+        state, _ = ledger.judge_clients(Policy(), state, 4, {}, sent[1:])  # another look
+        assert state.excluded == {"a", "b"}

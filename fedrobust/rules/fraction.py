@@ -38,8 +38,8 @@ def assume(gram: Gram, *named: Any) -> Gram:  # noqa: ANN401 (what it is is look
 
 def check_eps(eps: Any) -> None:  # noqa: ANN401 (as above)
     """Raises InputError: it is neither in [0, 0.5) nor "auto"."""
-    number = isinstance(eps, int | float | np.floating) and not isinstance(eps, bool)
-    if eps != AUTO and not (number and 0 <= float(eps) < 0.5):
+    number = isinstance(eps, int | float | np.floating | np.integer) and not isinstance(eps, bool)
+    if not (0 <= float(eps) < 0.5 if number else isinstance(eps, str) and eps == AUTO):
         raise InputError(f"eps must be in [0, 0.5), the malicious fraction, or 'auto'; got {eps!r}")
 
 
@@ -52,9 +52,11 @@ def estimate_eps(gram: Gram) -> float:
     """The mass that has to go until nothing stands out against the middle of the spectrum.
 
     Fewer than half of the rows are malicious, so they cannot move the eigenvalue of rank n / 2 beyond
-    the honest spread; what stands out forty times above it is filtered, and the mass that this takes is
-    the estimate. An attack that does not stand out is not counted: the filter would let it pass with eps
-    known, but a certificate for the estimate does not cover it.
+    the honest spread; what stands out forty times above it is filtered. The mass that this takes is the
+    estimate, rows that lose more than half of their weight counted as wholes: soft removal leaves each a
+    little, and a rule that counts rows would take one malicious row for honest. An attack that does not
+    stand out is not counted: the filter would let it pass with eps known, but a certificate for the
+    estimate does not cover it.
 
     Where copies of rows leave no spectrum to read, which an attacker can bring about, half are assumed.
 
@@ -75,5 +77,6 @@ def estimate_eps(gram: Gram) -> float:
             f"eps cannot be estimated: {gram.n} rows have {gram.size(gram.shares)} eigenvalues, too few "
             "to find what is usual among them; name the malicious fraction"
         )
-    removed = Filter().down_to(half, threshold * _STANDS_OUT / VISIBLE).notes["removed"]
-    return min(removed * (1 + 1e-6), _MOST)
+    kept = Filter().down_to(half, threshold * _STANDS_OUT / VISIBLE)
+    gone = float(gram.shares[kept.matrix[0] < 0.5 * gram.shares].sum())
+    return min(max(kept.notes["removed"], gone) * (1 + 1e-6), _MOST)

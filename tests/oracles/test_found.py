@@ -52,6 +52,19 @@ def test_eps_is_estimated_beside_rows_of_many_magnitudes_too() -> None:
     assert off(X, 4, "krum", eps="auto") < 3
 
 
+@pytest.mark.parametrize(("n", "f"), [(20, 4), (10, 2), (30, 6), (20, 0)])
+@pytest.mark.parametrize("shift", [5.0, 10.0, 30.0, 100.0])
+def test_an_estimate_counts_every_row_that_the_filter_takes(n: int, f: int, shift: float) -> None:
+    """Soft removal leaves each a little, and rules that count rows took one of them for honest."""
+    for seed in range(5):
+        X = np.random.default_rng(seed).normal(size=(n, 500))
+        X[:f] += shift
+        found = aggregate(X, "multi_krum", eps="auto")
+        assert found.certificate is not None
+        assert f / n <= found.certificate.eps <= f / n * (1 + 1e-5)
+        assert np.linalg.norm(found.value - X[f:].mean(axis=0)) < 4
+
+
 def test_eps_that_cannot_be_estimated_is_not_zero() -> None:
     X = np.random.default_rng(0).normal(size=(2000, 20))
     X[:200] += 1000

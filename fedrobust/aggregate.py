@@ -178,8 +178,7 @@ def aggregate(  # noqa: PLR0913 (the front door)
     """
     aggregator = composition(rule)
     check_seed(seed)
-    if not isinstance(anchors, Mapping | None):
-        raise InputError(f"anchors must be a dict of rows by name, got {type(anchors).__name__}")
+    check_anchors(anchors)
     table, names = tabulate(updates, reference), tuple(anchors or ())
     rows = LocalRows(with_anchors(table, anchors) if anchors else table.blocks)
     if not rows.width:
@@ -200,7 +199,7 @@ def aggregate(  # noqa: PLR0913 (the front door)
         matrix, squares = None if matrix is None else matrix[np.ix_(finite, finite)], squares[finite]
     gram = gram_of(
         rows,
-        _masses(shares, n)[kept],
+        masses(shares, n)[kept],
         squares,
         seed,
         names,
@@ -294,6 +293,8 @@ def gram_of(  # noqa: PLR0913 (all that may be known of the rows)
         )
 
     without = matrix is None and (not certified or len(shares) > LARGEST_MATRIX)
+    if without and precision > kernels.FLOAT64:
+        precision = max(precision, kernels.ARRIVING)
     return Gram(
         compute=lambda: rows.sum(inner) if matrix is None else matrix,
         shares=shares / shares.sum(),
@@ -375,7 +376,10 @@ def _first_pass(
 
 
 def unsound(norms: Vector) -> dict[int, str]:
-    """Why rows of these (n,) lengths cannot be used, by their place."""
+    """Why rows of these (n,) lengths cannot be used, by their place.
+
+    A row that float64 cannot square counts as one that is not finite.
+    """
     reasons = {}
     for index in np.flatnonzero(~(norms < LARGEST_NORM)).tolist():
         huge = f"has norm {norms[index]:.3g}, more than {LARGEST_NORM:.0g}"
@@ -395,6 +399,12 @@ def check_seed(seed: object) -> None:
         raise InputError(f"seed must be a whole number, 0 or more, got {seed!r}")
 
 
+def check_anchors(anchors: object) -> None:
+    """Raises InputError: it is no dict."""
+    if not isinstance(anchors, Mapping | None):
+        raise InputError(f"anchors must be a dict of rows by name, got {type(anchors).__name__}")
+
+
 def composition(rule: object) -> Aggregator:
     """The rules that are to be applied. Raises InputError: there are no such rules."""
     if isinstance(rule, str):
@@ -406,18 +416,23 @@ def composition(rule: object) -> Aggregator:
     raise InputError(f"rule must be a rule such as fedrobust.Filter(), or its text, got {rule!r}")
 
 
-def _masses(shares: Sequence[float] | Vector | None, n: int) -> Vector:
+def masses(shares: Sequence[float] | Vector | None, n: int) -> Vector:
+    """(n,) shares over the largest of them; all 1 where there are none given.
+
+    Raises:
+        InputError: they are not n numbers, finite and not negative.
+    """
     if shares is None:
         return np.ones(n)
     try:
-        masses = np.asarray(shares, dtype=np.float64)
+        found = np.asarray(shares, dtype=np.float64)
     except (TypeError, ValueError):
         raise InputError(f"shares must be numbers, got {shares!r:.60}") from None
-    if masses.shape != (n,):
-        raise InputError(f"expected {n} shares, one an update, got shape {masses.shape}")
-    if not (np.isfinite(masses).all() and (masses >= 0).all()):
-        raise InputError(f"shares must be finite and not negative, got {masses.min()}")
-    return masses / (masses.max() or 1.0)
+    if found.shape != (n,):
+        raise InputError(f"expected {n} shares, one an update, got shape {found.shape}")
+    if not (np.isfinite(found).all() and (found >= 0).all()):
+        raise InputError(f"shares must be finite and not negative, got {found.min()}")
+    return found / (found.max(initial=0.0) or 1.0)
 
 
 def lower_median(values: Sequence[Tensor]) -> Tensor:

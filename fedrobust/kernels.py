@@ -42,9 +42,9 @@ T = TypeVar("T")
 
 FLOAT32, ARRIVING, BFLOAT16, FLOAT64 = 1e-5, 1e-4, 1e-4, 1e-12
 """The errors of inner products, in units of the rows' lengths: of `gram`; of `cross`, and so of matrices
-that grow as rows arrive; of `gram` in bfloat16; of either in float64. Those of float32 are for constant
-rows, where every rounding of a long sum goes the same way: the worst that searches found was 6e-6 and
-6e-5. Ordinary rows are a tenth to a hundredth of that off."""
+that grow as rows arrive, and of `products`; of `gram` in bfloat16; of any in float64. Those of float32
+are for constant rows, where every rounding of a long sum goes the same way: the worst that searches
+found was 6e-6 and 6e-5. Ordinary rows are a tenth to a hundredth of that off."""
 
 # Products are bound by the packing of their operands, so their tiles are wide; unless the tile is a
 # copy, which should still be in the cache when it is multiplied. A row is multiplied by the others in
@@ -152,7 +152,7 @@ def squared_norms(block: Block) -> Vector:
     """(n,) squared distances of the rows from the reference; not finite for a row that is not.
 
     A row whose float32 square overflows or underflows is measured again in float64, so only NaN and
-    infinity themselves give a result that is not finite.
+    infinity themselves, and what float64 cannot square, give a result that is not finite.
     """
 
     def measure(part: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
         found[extreme] = _against(near, along).double()
         return found
 
-    return np.asarray(_total((block,), multiply) * sizes * largest)
+    return np.asarray(_total((block,), multiply, min(_WIDE_FOR_SUMS, _width(block))) * sizes * largest)
 
 
 def sign_counts(block: Block, matrix: Matrix) -> Matrix:

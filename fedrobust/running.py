@@ -18,16 +18,18 @@ from fedrobust import kernels
 from fedrobust.aggregate import (
     Aggregated,
     LocalRows,
+    check_anchors,
     check_seed,
     combine,
     gram_of,
     lower_median,
+    masses,
     unsound,
 )
 from fedrobust.errors import InputError
 from fedrobust.kernels import Block, Vector
 from fedrobust.rules import Aggregator, Rule
-from fedrobust.trees import Tree, fit, rebuild
+from fedrobust.trees import Tree, as_tensor, fit, rebuild
 
 Values = npt.NDArray[np.floating] | Tensor
 
@@ -141,9 +143,13 @@ class RunningAggregate:
             raise InputError(f"client {client!r} has sent an update already, which is row {row}")
         if len(self._shares) == len(self._rows):
             raise InputError(f"there is room for {len(self._rows)} rows, and all is taken")
+        try:
+            share = float(share)
+        except (TypeError, ValueError):
+            raise InputError(f"a share must be a number, got {share!r:.60}") from None
         if not 0 <= share < np.inf:
             raise InputError(f"a share must be finite and not negative, got {share}")
-        self._shares.append(float(share))
+        self._shares.append(share)
         self._clients.append(client)
         self._counters.append(self._counts)
         return len(self._shares) - 1
@@ -245,9 +251,8 @@ class RunningAggregate:
         """
         check_seed(seed)
         n, size = len(self), self._rows.shape[1]
-        masses = np.asarray(self._shares if shares is None else shares, dtype=np.float64)
-        if masses.shape != (n,) or not ((masses >= 0) & (masses < np.inf)).all():
-            raise InputError(f"need {n} shares, finite and not negative, got {shares!r:.60}")
+        check_anchors(anchors)
+        mass = masses(self._shares if shares is None else shares, n)
         squares = np.diag(self._inner)[:n].copy()
         refused = unsound(np.sqrt(squares))
         refused |= {
@@ -264,7 +269,7 @@ class RunningAggregate:
         inner = self._inner[np.ix_(kept, kept)]
         gram = gram_of(
             rows,
-            masses[kept] / (masses.max() or 1.0),
+            mass[kept],
             squares[kept],
             seed,
             tuple(anchors or ()),
@@ -290,7 +295,10 @@ class RunningAggregate:
         return row if self._reference is None else row - self._reference
 
     def _piece(self, values: Values) -> Tensor:
-        vector = torch.as_tensor(values)
+        try:
+            vector = as_tensor(values)
+        except InputError as error:
+            raise InputError(f"the piece {error}") from None
         if vector.ndim != 1 or not vector.is_floating_point():
             raise InputError(
                 f"need floating-point values of shape (c,), got {vector.dtype} of shape "

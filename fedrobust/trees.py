@@ -155,7 +155,7 @@ def rebuild(like: Tree, floating: Sequence[Tensor], counters: Sequence[Tensor]) 
 
 def _tabulate_array(updates: npt.NDArray[Any] | Tensor, reference: Tree) -> Table:
     """An array needs no search for the commonest form, and no copy."""
-    rows = _as_tensor(updates, ())
+    rows = as_tensor(updates)
     if rows.ndim < 2 or len(rows) == 0 or not rows.is_floating_point():
         raise InputError(
             f"updates must be (n, d) floating-point values, n at least 1; got shape {tuple(rows.shape)} "
@@ -205,7 +205,7 @@ def _leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         for index, item in enumerate(tree):
             yield from _leaves(item, (*path, index))
     else:
-        yield path, _as_tensor(tree, path)
+        yield path, as_tensor(tree, path)
 
 
 def _rebuild(like: Tree, floating: Iterator[Tensor], counters: Iterator[Tensor]) -> Tree:
@@ -214,12 +214,21 @@ def _rebuild(like: Tree, floating: Iterator[Tensor], counters: Iterator[Tensor])
     if isinstance(like, list | tuple):
         items = [_rebuild(item, floating, counters) for item in like]
         return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
-    leaf = _as_tensor(like, ())
+    leaf = as_tensor(like)
     value = next(floating if leaf.is_floating_point() else counters).reshape(leaf.shape)
     return value if isinstance(like, Tensor) else value.cpu().numpy()
 
 
-def _as_tensor(leaf: object, path: Path) -> Tensor:
+def as_tensor(leaf: object, path: Path = ()) -> Tensor:
+    """An array as a tensor, a view of it if it can be.
+
+    Args:
+        leaf: anything that numpy makes an array of, or a tensor.
+        path: where it stands in its tree, to be named in the error.
+
+    Raises:
+        InputError: it holds no numbers; the message says what it holds.
+    """
     where = f" at {_show(path)!r}" if path else ""
     if isinstance(leaf, Tensor):
         if leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized or leaf.is_complex():
@@ -239,7 +248,7 @@ def _look(tree: Tree) -> Hashable:
         return dict, tuple((key, _look(tree[key])) for key in sorted(tree, key=str))
     if isinstance(tree, list | tuple):
         return type(tree), tuple(map(_look, tree))
-    return isinstance(tree, Tensor), _as_tensor(tree, ()).dtype
+    return isinstance(tree, Tensor), as_tensor(tree).dtype
 
 
 def form_of(found: Leaves) -> Form:

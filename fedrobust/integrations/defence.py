@@ -200,19 +200,25 @@ class Defence:
             else:
                 kept.append(index)
                 trees.append(offer.update)
-        shares = self.shares([offers[i].examples for i in kept])
         clients = tuple(offer.client for offer in offers)
         repeated = tuple(client for client, times in answers.items() if times > 1)
         plain = Round(number, asked, clients, refused, failed, repeated)
         if not trees:
             return replace(plain, skipped="there is no usable update")
-        try:
-            found = aggregate(
-                trees, self.rule, shares, eps=self.eps, reference=reference, seed=self.seed + number
-            )
-        except InputError as error:
-            return replace(plain, skipped=str(error))
-        refused |= {offers[kept[i]].client: why for i, why in found.refused.items()}
+        while True:
+            shares = self.shares([offers[i].examples for i in kept])
+            try:
+                found = aggregate(
+                    trees, self.rule, shares, eps=self.eps, reference=reference, seed=self.seed + number
+                )
+            except InputError as error:
+                return replace(plain, skipped=str(error))
+            refused |= {offers[kept[i]].client: why for i, why in found.refused.items()}
+            if self.max_share is None or not found.refused:
+                break
+            # What was theirs would go to the others, above the most that one may have.
+            left = [i for i in range(len(kept)) if i not in found.refused]
+            kept, trees = [kept[i] for i in left], [trees[i] for i in left]
         with np.errstate(over="ignore"):  # which is looked for below
             value = {
                 key: np.asarray(leaf).astype(reference[key].dtype, copy=False)

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from fedrobust.errors import InputError
-from fedrobust.gram import Gram
+from fedrobust.gram import LARGEST_MATRIX, Gram
 from fedrobust.kernels import Matrix, Reducer, Vector
 from fedrobust.text import Textual
 from fedrobust.verdict import Verdict
@@ -213,20 +213,26 @@ class Aggregator:
         mixings: list[Matrix] = []
         scores: Vector | None = None
         notes: dict[str, float] = {}
-        verdict = Verdict.NOT_JUDGED
+        verdict, all_seen = Verdict.NOT_JUDGED, True
         for part in (part for rule in self.rules for part in rule.parts):
             if isinstance(part, CoordinateWise):
                 reducer = part.reducer(gram.shares, gram.eps)
                 return Decision(tuple(mixings), reducer, scores, Verdict.NOT_JUDGED, notes)
             if isinstance(part, Lens):
-                gram = part(gram)
+                gram, all_seen = part(gram), False
                 continue
+            if isinstance(part, Mixing) and gram.n > LARGEST_MATRIX:
+                raise InputError(
+                    f"{part!r} says of every row how it is mixed from the others, and {gram.n} of them "
+                    f"are too many for that (at most {LARGEST_MATRIX})"
+                )
             if not isinstance(part, Mixing | Weighting):
                 raise TypeError(f"{part!r} is neither a lens, a mixing, a weighting nor coordinate-wise")
             mixed = part(gram)
             if mixed.scores is not None:
                 scores = _pull_back(mixed.scores, matrix)
-            verdict = mixed.verdict if matrix is None else Verdict.NOT_JUDGED
+            # Of the round as it came: not of mixed rows, nor of what a lens shows of them.
+            verdict = mixed.verdict if matrix is None and all_seen else Verdict.NOT_JUDGED
             notes |= mixed.notes
             mixings.append(mixed.matrix)
             matrix = mixed.matrix if matrix is None else mixed.matrix @ matrix

@@ -74,7 +74,8 @@ class SpectralSignatures(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
             self.scores_[members] = scores
             # Ties go by the order of the examples, so that a run repeats.
             order = np.argsort(-scores, kind="stable")
-            self.support_[members[order[: round(self.factor * self.eps * len(members))]]] = False
+            out = min(round(self.factor * self.eps * len(members)), len(members) - 1)
+            self.support_[members[order[:out]]] = False
         return self
 
     def fit_predict(self, X: npt.ArrayLike, y: npt.ArrayLike | None = None) -> npt.NDArray[np.int64]:

@@ -195,7 +195,7 @@ class Exclude(Textual):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.rounds >= 1, "rounds must be at least 1")
-        self.require(self.rounds <= MOST_ROUNDS, f"rounds must be at most {MOST_ROUNDS}; ban is for good")
+        self.require(self.rounds <= MOST_ROUNDS, f"rounds must be at most {MOST_ROUNDS}")
 
 
 Action = Release | Ban | Exclude

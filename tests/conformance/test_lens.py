@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrobust import InputError, LocalRows, RunningAggregate, aggregate, aggregate_rows
+from fedrobust import InputError, LocalRows, RunningAggregate, Verdict, aggregate, aggregate_rows
 from fedrobust.attacks import View, parse_attack
 from fedrobust.attacks.rehearsal import Rehearsal
 from fedrobust.kernels import Block, Matrix
@@ -47,6 +47,13 @@ def test_it_does_not_matter_how_rows_are_cut(count: int, cuts: list[int], refere
     found = aggregate_rows(LocalRows(tuple(blocks)), f"last({count}) | krum", np.ones(12), norms)
     whole = aggregate(X, f"last({count}) | krum", reference=anchor if reference else None)
     np.testing.assert_allclose(torch.cat(found.value).numpy(), whole.value)
+
+
+@pytest.mark.parametrize("rule", ["filter", "entropy_filter", "mean"])
+def test_what_is_seen_through_a_lens_is_no_verdict_on_the_round(rule: str) -> None:
+    X = np.random.default_rng(0).normal(size=(20, 500))
+    X[:4, :400] += 5
+    assert aggregate(X, f"last(50) | {rule}", eps=0.2).verdict is Verdict.EXCEEDED
 
 
 def test_a_backdoor_in_the_last_layer_is_seen_there_and_drowns_in_the_whole() -> None:

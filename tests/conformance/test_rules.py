@@ -693,7 +693,19 @@ def test_bad_shares_are_named(shares: Any, message: str) -> None:
         aggregate(normal(), "mean", shares)
 
 
-@pytest.mark.parametrize("eps", [-0.1, 0.5, float("nan"), "0.2"])
+@pytest.mark.parametrize("eps", [-0.1, 0.5, float("nan"), "0.2", np.array([0.1, 0.2])])
 def test_a_bad_eps_is_named(eps: Any) -> None:
     with pytest.raises(InputError, match="eps"):
         aggregate(normal(), "mean", eps=eps)
+
+
+def test_an_eps_of_numpy_is_one() -> None:
+    assert aggregate(normal(), "filter", eps=np.int64(0)).certificate.eps == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "rule", ["clip | mean", "bucketing | filter", "centered_clipping", "nnm | krum"]
+)
+def test_more_rows_than_can_be_mixed_are_refused(rule: str) -> None:
+    with pytest.raises(InputError, match="20001 of them are too many"):
+        aggregate(np.ones((20_001, 3)), rule)

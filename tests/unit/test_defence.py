@@ -95,6 +95,18 @@ def test_counts_of_numpy_count() -> None:
     assert Defence("mean", max_share=0.5).decide(1, 3, offers, {}, {"w": np.zeros(3)}).accepted == 3
 
 
+def test_who_is_refused_lifts_nobody_above_the_largest_share() -> None:
+    offers = [Offer(0, {"w": np.ones(3)}, 10**15)]
+    offers += [Offer(i, {"w": np.full(3, np.nan)}, 10**15) for i in (1, 2, 3)]
+    offers += [Offer(i, {"w": np.zeros(3)}, 100) for i in range(4, 10)]
+    found = Defence("mean", max_share=0.2).decide(1, 10, offers, {}, {"w": np.zeros(3)})
+    assert set(found.refused) == {1, 2, 3}
+    assert found.result is not None
+    assert found.result.weights is not None
+    np.testing.assert_allclose(found.result.weights, [0.2, 0, 0, 0, *[0.8 / 6] * 6])
+    np.testing.assert_allclose(found.result.value["w"], 0.2)
+
+
 def test_an_aggregate_that_is_not_finite_never_becomes_the_model() -> None:
     reference = {"w": np.zeros(2, np.float32)}
     offers = [Offer(i, {"w": np.full(2, 1e39)}) for i in range(4)]

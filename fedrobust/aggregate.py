@@ -31,7 +31,8 @@ from fedrobust.trees import Tree, rebuild, tabulate, with_anchors
 from fedrobust.verdict import Verdict, judge
 
 LARGEST_NORM = 1e60
-"""Longer rows are refused: beyond every float32 row, and the fourth power is still a float64."""
+"""Longer rows are refused: beyond every float32 row, and the fourth power is still a float64. Of rows
+shorter than 1e-150 the squares are no float64 any more, and they count as zeros."""
 _MOST_COORDINATES = 2048
 """With more rows than coordinates, up to so many of these, an eigenproblem in their space is cheap."""
 
@@ -294,7 +295,7 @@ def gram_of(  # noqa: PLR0913 (all that may be known of the rows)
 
     without = matrix is None and (not certified or len(shares) > LARGEST_MATRIX)
     if without and precision > kernels.FLOAT64:
-        precision = max(precision, kernels.ARRIVING)
+        precision = max(precision, kernels.MULTIPLIED)
     return Gram(
         compute=lambda: rows.sum(inner) if matrix is None else matrix,
         shares=shares / shares.sum(),

@@ -132,6 +132,9 @@ def test_no_constant_rows_are_off_by_more(n: int) -> None:
         for m in (1, 2):
             found = kernels.cross(Block(X), Block(X[:m]))
             assert np.abs(found / exact[:, :m] - 1).max() < kernels.ARRIVING
+        vectors = np.eye(n)[:, :2] + rng.uniform(0, 1, (n, 2))
+        found = kernels.products(Block(X), vectors, np.sqrt(np.diag(exact)))
+        assert np.abs(found / (exact @ vectors) - 1).max() < kernels.MULTIPLIED
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -22,11 +23,14 @@ from fedrobust_proto.v1.federation_pb2 import (
 )
 from fedrobust_proto.v1.federation_pb2_grpc import FederationStub
 
+from fedrobust.text import printable
 from fedrobust.training import Task
 from fedrobust_clients.credentials import Credentials, open_channel
 from fedrobust_clients.runtime import Participation, Runtime, pauses
 
 __all__ = ["GrpcConnection", "run"]
+
+log = logging.getLogger(__name__)
 
 _OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),  # a dead connection is found out
@@ -44,8 +48,20 @@ class GrpcConnection:
         self._patience = patience
 
     async def enrol(self, request: EnrolRequest) -> EnrolReply:
-        """Join, waiting for the server to come up."""
-        reply: EnrolReply = await self._stub.Enrol(request, wait_for_ready=True, timeout=self._patience)
+        """Join, waiting for the server to come up; why it is not there is said at once."""
+        try:
+            reply: EnrolReply = await self._stub.Enrol(request, timeout=self._patience)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            reason = printable(error.details() or "")
+            log.warning("the server is waited for: %s", reason)
+            try:
+                reply = await self._stub.Enrol(request, wait_for_ready=True, timeout=self._patience)
+            except grpc.aio.AioRpcError as later:
+                if later.code() is grpc.StatusCode.DEADLINE_EXCEEDED:  # that says less
+                    raise error from None
+                raise
         return reply
 
     def rounds(self, request: RoundsRequest) -> AsyncIterator[Assignment]:
@@ -83,7 +99,7 @@ async def run(
     client: str,
     prepare: Callable[[Task], Runtime],
     watch: Callable[[int, Receipt], None],
-    patience: float = 60.0,
+    patience: float = 600.0,
     credentials: Credentials | None = None,
     *,
     imports: bool = False,
@@ -120,11 +136,20 @@ async def run(
                     if was_there := part.heard > gone:
                         gone = now
                     if error.code() in _FOR_GOOD or now - gone > patience:
-                        raise ConnectionError(
-                            f"the server at {address} answered {error.code().name}: {error.details()}"
-                        ) from None
+                        raise ConnectionError(_complaint(address, error)) from None
                 else:
                     return part.accepted
             await asyncio.sleep(pause)
             if was_there:  # begin with short pauses again
                 break
+
+
+def _complaint(address: str, error: grpc.aio.AioRpcError) -> str:
+    """What is wrong, and what to look at."""
+    why = printable(error.details() or "no reason given")
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return (
+            f"the server at {address} cannot be reached: {why}; is this its address, and TLS as it "
+            "wants it?"
+        )
+    return f"the server at {address} answered {error.code().name}: {why}"

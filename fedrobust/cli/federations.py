@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Coroutine
@@ -59,7 +60,9 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
     _data_option(serve)
     if chosen == "serve":
         _run_options(serve)
-    serve.add_argument("--bind", default="127.0.0.1:7070", help="host:port to listen on")
+    serve.add_argument(
+        "--bind", default="127.0.0.1:7070", help="host:port to listen on [127.0.0.1:7070]"
+    )
     serve.add_argument(
         "--resume", type=Path, metavar="FOLDER", help="go on with this run, as it was configured"
     )
@@ -96,7 +99,9 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
         "--ca", type=Path, metavar="FILE", help="TLS; authority.pem [the one in --key-dir]"
     )
     client.add_argument("--attack", help="be malicious, and send this")
-    client.add_argument("--malicious", type=int, default=1, help="size of the coalition: ids below it")
+    client.add_argument(
+        "--malicious", type=int, default=1, help="size of the coalition: ids below it [1]"
+    )
     client.add_argument("--rule", help="the server's rule, for attacks that try their rows on it")
     client.add_argument("--eps", type=float, help="the malicious fraction that the server assumes")
     client.add_argument(
@@ -104,7 +109,12 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
         action="store_true",
         help="import the models and datasets that the server names by path: its word runs code here",
     )
-    client.add_argument("--patience", type=float, default=60.0, help="seconds to wait for the server")
+    client.add_argument(
+        "--patience",
+        type=float,
+        default=600.0,
+        help="seconds that the server may be away [600]",
+    )
 
 
 def _data_option(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +151,12 @@ def _run_config(options: argparse.Namespace) -> RunConfig:
     values |= given_fields(options, RunConfig)
     if task := given_fields(options, Task):
         values["task"] = {**values.get("task", {}), **task}
-    return RunConfig.from_dict(values)
+    config = RunConfig.from_dict(values)
+    if "attack" in given_fields(options, RunConfig) and not config.malicious:
+        raise InputError(
+            f"attack {config.attack!r} has no attacker: give --malicious, or leave --attack out"
+        )
+    return config
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -334,6 +349,8 @@ def _client(options: argparse.Namespace) -> int:
         )
     if options.id < 0:
         raise InputError(f"--id must be at least 0, got {options.id}")
+    if not re.search(r":\d+$", options.server):
+        raise InputError(f"--server must be an address as host:port, got {options.server!r}")
     credentials = Credentials.read(options.ca, options.key_dir, options.token)
     torch.set_num_threads(1)  # many clients share a machine in experiments
 

@@ -140,7 +140,7 @@ class IdxDataset:
             f"dataset {self.name!r} needs the files {', '.join(IDX_FILES)} (or the same with .gz) "
             f"in one directory; looked in: {looked}; "
             f"give the directory with --data-dir or {ENVIRONMENT_VARIABLE}, or fetch them: "
-            f"fedrobust data {self.name}"
+            f"fedrobust data {self.name} --to DIRECTORY"
         )
 
     def _places(self, data_dir: Path | None) -> list[Path]:

@@ -25,11 +25,11 @@ class Course(Textual):
     """Central training, by SGD with Nesterov's momentum at a rate that falls along half a cosine to 0.
 
     Attributes:
-        dataset: a name of `fedrobust.data.datasets.CATALOG`, or an import path as for `load_imported`.
+        dataset: a name that `fedrobust data` lists, or an import path "package.module:attribute".
         model: what is trained, as text, or an import path "package.module:attribute".
         objective: what is minimised, as text: "cross_entropy", "gaussian(0.5)", "adversarial",
             "trades", "smoothadv(0.5, m=2)" or "consistency(0.5)".
-        labelled: the part of the training images whose labels are used, in (0, 1]; see `labelled`.
+        labelled: the part of the training images whose labels are used, in (0, 1].
         epochs: how often every example is seen, at least 1.
         batch: examples per step, at least 1.
         lr: the rate of the first step, above 0.

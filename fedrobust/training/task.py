@@ -33,7 +33,7 @@ class Task(Textual):
     """What is trained, on what, by how many, and how each client trains.
 
     Attributes:
-        dataset: a name of `fedrobust.data.datasets.CATALOG`, or an import path as for `load_imported`.
+        dataset: a name that `fedrobust data` lists, or an import path "package.module:attribute".
         split: how the examples are spread over the clients, as text.
         model: what is trained, as text, or an import path "package.module:attribute".
         clients: how many clients share the data, at least 1.

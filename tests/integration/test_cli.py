@@ -131,7 +131,23 @@ def test_what_was_refused_stays_once_a_round_has_begun(tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["client", "--server", "127.0.0.1:1", "--id", "0", "--patience", "0.5"]) == 1
-    assert "127.0.0.1:1" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "the server at 127.0.0.1:1 cannot be reached" in told
+    assert "Connection refused" in told
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "7070"])
+def test_an_address_without_a_port_is_told_at_once(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["client", "--server", address, "--id", "0"]) == 2
+    assert f"host:port, got {address!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["simulate", "serve"])
+def test_an_attack_without_attackers_is_none(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--attack", "ipm"]) == 2
+    assert "attack 'ipm' has no attacker: give --malicious" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["", "simulate", "serve", "client", "redteam", "data"])

@@ -55,7 +55,7 @@ def test_a_server_that_stays_away_is_given_up() -> None:
                 remote.run(address, "a", Plus, lambda _round, _receipt: None, patience=0.5)
             )
             await until(lambda: recorder.listening == 1)
-        with pytest.raises(ConnectionError, match=r"UNAVAILABLE|DEADLINE_EXCEEDED"):
+        with pytest.raises(ConnectionError, match="cannot be reached"):
             await asyncio.wait_for(part, 30)
 
     asyncio.run(scenario())

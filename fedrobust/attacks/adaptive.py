@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from fedrobust.attacks.attack import Attack
@@ -227,6 +226,8 @@ def _descend(trials: _Trials, budget: int) -> None:
     start = trials.best
     simplex = np.vstack([start, start + np.diag(_steps(start))])
     options = {"maxfev": budget, "initial_simplex": simplex, "adaptive": True}
+    from scipy.optimize import minimize  # noqa: PLC0415 (takes a third of a second)
+
     minimize(trials, start, method="Nelder-Mead", options=options)
 
 

@@ -148,11 +148,12 @@ def _run_config(options: argparse.Namespace) -> RunConfig:
 
     values = read_config(options.config) if options.config else {}
     values.setdefault("run", time.strftime("%Y%m%d-%H%M%S"))
-    values |= given_fields(options, RunConfig)
+    given = given_fields(options, RunConfig)
+    values |= given
     if task := given_fields(options, Task):
         values["task"] = {**values.get("task", {}), **task}
     config = RunConfig.from_dict(values)
-    if "attack" in given_fields(options, RunConfig) and not config.malicious:
+    if "attack" in given and "malicious" not in given and not config.malicious:
         raise InputError(
             f"attack {config.attack!r} has no attacker: give --malicious, or leave --attack out"
         )

@@ -150,6 +150,11 @@ def test_an_attack_without_attackers_is_none(command: str, capsys: pytest.Captur
     assert "attack 'ipm' has no attacker: give --malicious" in capsys.readouterr().err
 
 
+def test_no_attackers_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--attack", "ipm", "--malicious", "0", "--workers", "0"]) == 2
+    assert "--workers must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["", "simulate", "serve", "client", "redteam", "data"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

@@ -106,7 +106,7 @@ def test_three_shards_end_where_one_process_does_and_another_seed_elsewhere(
     assert not np.allclose(other, alike)
 
 
-@pytest.mark.parametrize("rule", ["fltrust", "nnm | monna"])
+@pytest.mark.parametrize("rule", ["fltrust", pytest.param("nnm | monna", marks=pytest.mark.slow)])
 def test_a_rule_may_look_at_the_servers_own_update(ray_cluster: None, tmp_path: Path, rule: str) -> None:
     task = Task(model="softmax", clients=5, momentum=0.5)
     config = RunConfig(task=task, rounds=3, rule=rule, root=64, shards=2)

@@ -246,9 +246,8 @@ def test_a_full_disk_is_not_taken_for_a_lost_shard(shards: Filled) -> None:
 @pytest.mark.parametrize(
     ("optimiser", "count"),
     [
-        ("sgd(lr=0.5, momentum=0.9)", 1),
         ("adam", 3),
-        pytest.param("sgd(lr=0.5, momentum=0.9)", 3, marks=pytest.mark.slow),
+        *(pytest.param("sgd(lr=0.5, momentum=0.9)", n, marks=pytest.mark.slow) for n in (1, 3)),
         *(pytest.param("adagrad", count, marks=pytest.mark.slow) for count in (1, 3)),
         *(pytest.param("yogi", count, marks=pytest.mark.slow) for count in (1, 3)),
         pytest.param("adam", 1, marks=pytest.mark.slow),

@@ -85,6 +85,7 @@ def test_a_client_imports_only_what_it_is_allowed_to(
     assert allowed in importers
 
 
+@pytest.mark.slow
 def test_simulated_clients_need_no_permission(ray_cluster: None, tmp_path: Path) -> None:
     task = Task(model="fedrobust.training.published:bucketing_cnn", clients=3, outsiders=1, steps=2)
     config = RunConfig(task=task, rounds=2, rule="mean")

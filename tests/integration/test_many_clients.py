@@ -5,9 +5,12 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+import pytest
+
 from benchmarks.clients import Setting, hold, section, write
 
 
+@pytest.mark.slow
 def test_sixty_clients_of_which_six_are_slow(tmp_path: Path) -> None:
     setting = Setting(clients=60, slow=6, rounds=2, deadline=4.0, model="mlp(20)", processes=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

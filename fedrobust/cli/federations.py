@@ -204,7 +204,7 @@ def _serve(options: argparse.Namespace) -> int:
         old, config = RunFolder.open(options.resume)
     else:
         old, config = None, _run_config(options)
-    security = _security(options, config.run)
+    security = _security(options, config.run, shared=config.gateways > 1)
 
     async def run(federation: Federation) -> None:
         folder, several = federation.folder, config.gateways > 1
@@ -244,9 +244,9 @@ def _serve(options: argparse.Namespace) -> int:
         return _run_federation(options, config, folder, run)
 
 
-def _security(options: argparse.Namespace, run: str) -> Security | None:
+def _security(options: argparse.Namespace, run: str, *, shared: bool) -> Security | None:
     """How a run's server is secured; refuses before anything is made or started."""
-    from fedrobust_server.gateway import check_address
+    from fedrobust_server.gateway import check_address, check_free
     from fedrobust_server.security import Security
 
     if options.proof and not options.tls:
@@ -255,6 +255,7 @@ def _security(options: argparse.Namespace, run: str) -> Security | None:
         )
     security = Security.load(options.tls, _proof(options), run) if options.tls else None
     check_address(options.bind, secured=security is not None, exposed=options.exposed)
+    check_free(options.bind, shared=shared)
     if options.exposed and security is None:
         complain(
             f"WARNING: whoever reaches {options.bind} can read this federation's updates, and poison "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -229,7 +231,7 @@ async def listen(
         else:
             port = server.add_secure_port(address, security.credentials())
     except RuntimeError:
-        raise InputError(f"cannot listen on {address}: is the port taken?") from None
+        raise InputError(_taken(address)) from None
     await healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
     return Listening(server, port, healthy)
@@ -260,6 +262,42 @@ def check_address(address: str, *, secured: bool, exposed: bool = False) -> None
             "updates, anyone could send them in a client's name; give --tls DIR (`fedrobust keys` makes "
             "it), or bind 127.0.0.1 and reach it through a tunnel"
         )
+
+
+def check_free(address: str, *, shared: bool = False) -> None:
+    """Try to listen, before anything is started that takes its time.
+
+    Args:
+        address: "host:port".
+        shared: let other gateways listen on the same port.
+
+    Raises:
+        InputError: the address is taken, or not this machine's.
+    """
+    host, _, port = address.rpartition(":")
+    errors = list[OSError]()
+    try:
+        places = socket.getaddrinfo(
+            host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise InputError(f"cannot listen on {address}: {error.strerror or error}") from None
+    for family, kind, _, _, place in places:
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
+            if shared:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            try:
+                tried.bind(place)
+            except OSError as error:
+                errors.append(error)
+    # Of a name's addresses some may be none here, such as ::1 where there is no IPv6.
+    if len(errors) == len(places) or any(error.errno == errno.EADDRINUSE for error in errors):
+        raise InputError(f"{_taken(address)} ({errors[0].strerror})")
+
+
+def _taken(address: str) -> str:
+    return f"cannot listen on {address}: is the port taken?"
 
 
 async def _following(first: T | None, rest: AsyncIterator[T]) -> AsyncGenerator[T, None]:

@@ -155,6 +155,20 @@ def test_no_attackers_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> No
     assert "--workers must be at least 1" in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_told_before_anything_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        exposed = "--insecure-anyone-can-read-and-poison-this-federation"
+        for bind, why in ((address, "already in use"), ("192.0.2.1:7070", "Cannot assign")):
+            assert main(["serve", "--bind", bind, "--runs-dir", str(tmp_path), exposed]) == 2
+            told = capsys.readouterr().err
+            assert f"cannot listen on {bind}: is the port taken? " in told
+            assert why in told
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["", "simulate", "serve", "client", "redteam", "data"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

@@ -139,3 +139,8 @@ def test_the_experiment_on_digits(tmp_path: Path) -> None:
 def test_a_set_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give the directory with --data-dir or FEDROBUST_DATA"):
         backdoor.EXPERIMENT.run(backdoor.EXPERIMENT.plan(quick=True), tmp_path / "to", tmp_path)
+
+
+def test_rounding_leaves_one_example_at_least() -> None:
+    X = np.random.default_rng(0).normal(size=(10, 3))
+    assert SpectralSignatures(eps=0.49, factor=2).fit(X).support_.sum() == 1

@@ -41,17 +41,19 @@ Reducer = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 FLOAT32, ARRIVING, MULTIPLIED, BFLOAT16, FLOAT64 = 1e-5, 1e-4, 2e-4, 1e-4, 1e-12
-"""The errors of inner products, in units of the rows' lengths: of `gram`; of `cross`, and so of matrices
-that grow as rows arrive; of `products`; of `gram` in bfloat16; of any in float64. Those of float32 are
-for constant rows, where every rounding of a long sum goes the same way: the worst that searches found
-was 6e-6, 6e-5 and 1.2e-4. Ordinary rows are a tenth to a hundredth of that off."""
+"""The errors of inner products, in units of the rows' lengths: of `gram` and squared norms; of `cross`,
+and so of matrices that grow as rows arrive; of `products`; of `gram` in bfloat16; of any in float64.
+Those of float32 are for constant rows, where every rounding of a long sum goes the same way: the worst
+that searches found was 6e-6, 6e-5 and 1.2e-4. Ordinary rows are a tenth to a hundredth of that off."""
 
 # Products are bound by the packing of their operands, so their tiles are wide; unless the tile is a
 # copy, which should still be in the cache when it is multiplied. A row is multiplied by the others in
-# one long sum, so that its tiles are narrower.
+# one long sum, so that its tiles are cut, and looked over several at a time: threads that are done with
+# a short product wait for each other's Python.
 _WIDE = 1 << 15
-_WIDE_FOR_SUMS = 1 << 14
-# Products of few rows are long sums, too, and are cut into pieces.
+_LONG_SUM = 1 << 14
+_CUT_FROM = 1 << 18
+# Products of few rows are long sums, too, and are cut into pieces, as squared norms are.
 _FEW, _PIECE = 16, 1 << 10
 # Half of a Gram matrix is enough. numpy's library works out half, torch's all of it, twice as fast where
 # there is AVX-512. With AVX2 alone half takes 0.8 of the time for 50 rows, and 0.6 for 1000.
@@ -156,13 +158,13 @@ def squared_norms(block: Block) -> Vector:
     """
 
     def measure(part: Tensor) -> Tensor:
-        squares: Tensor = torch.linalg.vector_norm(part, dim=1).double().square()
+        squares = _squares(part)
         wild = _wild(squares)
         if len(wild):
             squares[wild] = torch.linalg.vector_norm(part[wild].double(), dim=1).square()
         return squares
 
-    return _total((block,), measure)
+    return _total((block,), measure, _in_pieces(block))
 
 
 def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
@@ -184,7 +186,7 @@ def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
         return _mended(found.double(), part, wild) if len(wild) else found
 
     with _bfloat16() if bfloat16 else nullcontext(), ONE_THREAD:
-        total = _total((block,), multiply)
+        total = _total((block,), multiply, _in_pieces(block))
     for i in range(1, block.n):  # in place, for another matrix is not small
         total[:i, i] = total[i, :i]
     return total
@@ -198,10 +200,17 @@ def cross(block: Block, fresh: Block) -> Matrix:
     """
 
     def multiply(part: Tensor, new: Tensor) -> Tensor:
-        found = _against(part, new).double()
-        wild = _wild(torch.linalg.vector_norm(new, dim=1).double().square())
-        if not len(wild) and bool(found.isfinite().all()):
+        pieces = list(
+            zip(torch.split(part, _LONG_SUM, dim=1), torch.split(new, _LONG_SUM, dim=1), strict=True)
+        )
+        found = torch.stack([_against(*piece) for piece in pieces]).double().sum(dim=0)
+        if not len(_wild(_squares(new))) and bool(found.isfinite().all()):
             return found
+        return torch.stack([carefully(*piece) for piece in pieces]).sum(dim=0)
+
+    def carefully(part: Tensor, new: Tensor) -> Tensor:
+        found = _against(part, new).double()
+        wild = _wild(_squares(new))
         if len(wild):
             wild, near, back = _near_one(new, wild)
             found[:, wild] = _against(part, near).double() * back.T
@@ -212,7 +221,9 @@ def cross(block: Block, fresh: Block) -> Matrix:
             found[exact] = part[exact].double() @ new.double().T
         return found
 
-    width = min(_WIDE_FOR_SUMS, _width(block), _width(fresh))
+    width = max(_LONG_SUM, _CUT_FROM // max(fresh.n, 1))
+    if block.copies or fresh.copies:
+        width = min(_LONG_SUM, _width(block), _width(fresh))
     return _total((block, fresh), multiply, width)
 
 
@@ -376,6 +387,16 @@ def _mixed(part: Tensor, weights: Tensor) -> Tensor:
     return torch.mv(part.T, weights[0])[None, :] if len(weights) == 1 else weights @ part
 
 
+def _squares(part: Tensor) -> Tensor:
+    """(n,) float64 squared norms of a tile's rows."""
+    whole = part.shape[1] // _PIECE * _PIECE
+    pieces = part[:, :whole].view(len(part), whole // _PIECE, _PIECE)
+    found: Tensor = torch.linalg.vector_norm(pieces, dim=2).double().square().sum(dim=1)
+    if whole < part.shape[1]:
+        found += torch.linalg.vector_norm(part[:, whole:], dim=1).double().square()
+    return found
+
+
 def _wild(squares: Tensor) -> Tensor:
     """Which rows of these squared norms may have over- or underflowed."""
     safe = (squares > 1 / _SAFE_SQUARE) & (squares < _SAFE_SQUARE)
@@ -428,6 +449,11 @@ def _exponents(norms: Vector) -> Vector:
 
 def _width(block: Block) -> int:
     return min(_WIDE, max(2048, _COPIED_ELEMENTS // block.n)) if block.copies else _WIDE
+
+
+def _in_pieces(block: Block) -> int:
+    """The width of tiles whose sums are cut into pieces if they are of few rows."""
+    return _COPIED_ELEMENTS // block.n if block.n < _FEW else _width(block)
 
 
 def _tiles(stretch: slice, width: int) -> Iterator[slice]:

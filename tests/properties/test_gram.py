@@ -110,6 +110,7 @@ def test_equal_constant_rows_are_off_by_no_more_than_is_said(n: int, value: floa
     X = torch.full((n, 200_000), value)
     exact = float(X[0].double() @ X[0].double())
     assert np.abs(kernels.gram(Block(X)) / exact - 1).max() < kernels.FLOAT32
+    assert np.abs(kernels.squared_norms(Block(X)) / exact - 1).max() < kernels.FLOAT32
     assert np.abs(kernels.cross(Block(X), Block(X[:1])) / exact - 1).max() < kernels.ARRIVING
     result = fr.aggregate(X, "filter")
     assert result.verdict is fr.Verdict.CLEAR
@@ -129,6 +130,7 @@ def test_no_constant_rows_are_off_by_more(n: int) -> None:
         X = torch.from_numpy(values)[:, None].expand(n, 70_000).contiguous()
         exact = np.outer(values, values.astype(float)) * 70_000
         assert np.abs(kernels.gram(Block(X)) / exact - 1).max() < kernels.FLOAT32
+        assert np.abs(kernels.squared_norms(Block(X)) / exact.diagonal() - 1).max() < kernels.FLOAT32
         for m in (1, 2):
             found = kernels.cross(Block(X), Block(X[:m]))
             assert np.abs(found / exact[:, :m] - 1).max() < kernels.ARRIVING

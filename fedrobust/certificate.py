@@ -110,14 +110,12 @@ def _untouched(points: Matrix) -> npt.NDArray[np.bool_]:
 
 
 def _spectrum(gram: Gram, points: Matrix | None, weights: Vector) -> tuple[Vector, float]:
-    """Eigenvalues of the covariance of the weighted points, and of the reference with what is left.
+    """Eigenvalues of the covariance of the weighted points and, with what is left, of the reference.
 
     And below what they are as good as zero.
     """
     if points is not None:
         gram = gram.through(points, weights, gram.eps)
-    if (rest := 1.0 - float(weights.sum())) > 1e-12:
-        gram, weights = gram.with_reference(), np.append(weights, rest)
     return gram.eigenvalues(weights), gram.rounding(weights)
 
 

@@ -32,6 +32,7 @@ _EXACT = 256
 """Up to this size a complete eigenproblem costs no more than a few eigenpairs."""
 _LANCZOS_STEPS = 60
 _RESIDUAL = 1e-2
+_ROUNDED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Gram:
             share and no weight.
         beside: gives the (n + a, a) float64 inner products of the rows, and after them the anchors, with
             the anchors; called once, and only if a rule needs it.
-        count_signs: gives `kernels.sign_counts` of the rows mixed by a (k, n) matrix; another pass
+        count_signs: gives `kernels.sign_counts` of the rows mixed by a (k, n) matrix, or None; a pass
             over the coordinates. None where the caller cannot look at the rows again.
         ending: gives the statistic of the same rows, of so many of their last coordinates; another pass
             over those. None where the caller cannot look at the rows again.
@@ -66,7 +67,7 @@ class Gram:
     seed: int = 0
     anchors: tuple[str, ...] = ()
     beside: Callable[[], Matrix] | None = None
-    count_signs: Callable[[Matrix], Matrix] | None = None
+    count_signs: Callable[[Matrix | None], Matrix] | None = None
     ending: Callable[[int], Gram] | None = None
     factor: Matrix | None = None
     multiply: Product | None = None
@@ -162,7 +163,7 @@ class Gram:
         """(n, 3) fractions of each row's coordinates that are positive, zero, negative."""
         if self.count_signs is None:
             raise InputError("the rule counts signs, and these rows cannot be looked at again")
-        counts = self.count_signs(np.eye(self.n))
+        counts = self.count_signs(None)
         fractions: Matrix = counts / counts.sum(axis=1, keepdims=True)
         return fractions
 
@@ -190,9 +191,9 @@ class Gram:
         np.fill_diagonal(distances, 0.0)
         return distances
 
-    @cached_property
+    @property
     def cosines(self) -> Matrix:
-        """(n, n) cosines between rows: 1 on the diagonal, otherwise 0 for a row of zeros."""
+        """(n, n) cosines between rows, anew: 1 on the diagonal, otherwise 0 for a row of zeros."""
         lengths = self.lengths
         inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
         cosines: Matrix = inverse[:, None] * self.matrix
@@ -257,7 +258,13 @@ class Gram:
         return self.precision * float(terms[: self.n - beside].sum())
 
     def eigenvalues(self, weights: Vector) -> Vector:
-        """(k,) eigenvalues of the weighted covariance, largest first: `spectrum` without directions."""
+        """(k,) eigenvalues of the weighted covariance, largest first: `spectrum` without directions.
+
+        Args:
+            weights: (n,) non-negative; what they lack of the sum 1 is weight on the reference.
+        """
+        if not weights.any():
+            return np.zeros(1)
         if self.factor is not None:
             centred = self._centred_rows(weights)
             covariance = centred.T @ (weights[weights > 0, None] * centred)
@@ -278,15 +285,15 @@ class Gram:
         # take the precision of all the others with it.
         support = np.flatnonzero(weights)
         rows = np.asarray(self.factor)[support]
-        return np.asarray(rows - weights[support] @ rows)
+        return np.asarray(rows - _inward(weights) * (weights[support] @ rows))
 
     def _weighted(self, weights: Vector) -> Matrix:
         """(m, m) sqrt(w_i w_j) <x_i - mu, x_j - mu> of the rows that carry weight."""
         support = np.flatnonzero(weights)
         part = self.matrix[np.ix_(support, support)] if len(support) < self.n else self.matrix
-        kept = weights[support]
+        kept = _inward(weights) * weights[support]
         toward = part @ kept
-        root = np.sqrt(kept)
+        root = np.sqrt(weights[support])
         centred = part - toward[:, None]
         centred -= (toward - kept @ toward)[None, :]
         centred *= root[:, None]
@@ -299,7 +306,7 @@ class Gram:
         Complete eigenvectors instead where the first does not settle and there is a matrix for them.
         """
         support = np.flatnonzero(weights)
-        kept, root = weights[support], np.sqrt(weights[support])
+        kept, root = _inward(weights) * weights[support], np.sqrt(weights[support])
         product = self.product(_LANCZOS_STEPS)
 
         def apply(vector: Vector) -> Vector:
@@ -357,7 +364,9 @@ class Gram:
             seed=self.seed,
             anchors=self.anchors,
             beside=beside,
-            count_signs=None if count is None else lambda mixing: count(mixing @ matrix),
+            count_signs=None
+            if count is None
+            else lambda mixing: count(matrix if mixing is None else mixing @ matrix),
             ending=None if ending is None else lambda k: ending(k).through(matrix, shares, eps),
             factor=mixed if mixed is not None and mixed.shape[1] < len(shares) else None,
             multiply=None if multiply is None else lambda v: np.asarray(matrix @ multiply(matrix.T @ v)),
@@ -365,13 +374,6 @@ class Gram:
             precision=self.precision,
             width=self.width,
         )
-
-    def with_reference(self) -> Gram:
-        """The same rows and, last, the reference itself as a row without share."""
-        matrix = np.eye(self.n + 1, self.n)  # a row of zeros is the reference
-        seen = self.through(matrix, np.append(self.shares, 0.0), self.eps)
-        norms = None if self.norms is None else np.append(self.squared_norms, 0.0)
-        return replace(seen, compute=lambda: np.pad(self.matrix, (0, 1)), norms=norms)
 
     def assuming(self, eps: float) -> Gram:
         """The same rows with another mass that may be malicious."""
@@ -396,6 +398,16 @@ def most_malicious(shares: Vector, eps: float) -> int:
     """The most rows of these (n,) shares that together have a mass of at most eps."""
     lightest = np.cumsum(np.sort(shares))
     return int(np.count_nonzero(lightest <= eps * (1 + 1e-9)))
+
+
+def _inward(weights: Vector) -> float:
+    """How far the rows are moved by their weighted sum mu for their covariance: to a mean, all the way.
+
+    With weight r on the reference, the origin, the covariance is sum w_i x_i x_i^T - mu mu^T, which is
+    sum w_i (x_i - a mu)(x_i - a mu)^T for a = 1 / (1 + sqrt(r)).
+    """
+    rest = 1.0 - float(weights.sum())
+    return 1.0 / (1.0 + rest**0.5) if rest > _ROUNDED else 1.0
 
 
 def lanczos(apply: Callable[[Vector], Vector], start: Vector, steps: int) -> tuple[Vector, Matrix, bool]:

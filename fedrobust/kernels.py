@@ -273,27 +273,32 @@ def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
     return np.asarray(_total((block,), multiply) * sizes * largest)
 
 
-def sign_counts(block: Block, matrix: Matrix) -> Matrix:
+def sign_counts(block: Block, matrix: Matrix | None) -> Matrix:
     """(k, 3) how many coordinates of each of the mixed rows W X are positive, zero, negative.
 
     Args:
         block: finite rows; a coordinate's sign is that of its difference from the reference.
-        matrix: (k, n) mixing weights W; the identity counts the rows themselves.
+        matrix: (k, n) mixing weights W, None for the rows themselves.
     """
     # A row at another length has the same signs: no product is needed to count them.
-    scaled = bool(((matrix > 0).sum(axis=1) == 1).all() and (matrix >= 0).all())
-    rows = matrix.argmax(axis=1)
-    own = scaled and np.array_equal(rows, np.arange(block.n))
+    rows = None
+    if matrix is not None and ((matrix > 0).sum(axis=1) == 1).all() and (matrix >= 0).all():
+        rows = matrix.argmax(axis=1)
+        matrix = None
+    own = rows is None or np.array_equal(rows, np.arange(block.n))
 
     def count(part: Tensor) -> Tensor:
-        if not own:
-            part = part[rows] if scaled else torch.from_numpy(matrix).to(part) @ part
+        if matrix is not None:
+            part = torch.from_numpy(matrix).to(part) @ part
+        elif not own:
+            part = part[rows]
         signs = torch.sign(part)  # sums of so few of them are exact
         surplus = signs.sum(dim=1).double()
         some = torch.linalg.vector_norm(signs, dim=1).double().square().round()
         return torch.stack([(some + surplus) / 2, part.shape[1] - some, (some - surplus) / 2], dim=1)
 
-    width = min(_WIDE, max(512, _COUNTED_ELEMENTS // len(matrix)))
+    counted = block.n if matrix is None else len(matrix)
+    width = min(_WIDE, max(512, _COUNTED_ELEMENTS // counted))
     return _total((block,), count, width)
 
 

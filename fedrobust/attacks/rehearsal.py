@@ -204,7 +204,7 @@ def best_scale(error: Callable[[float], float], low: float, high: float, budget:
     return float(scales[np.argmax(errors)])
 
 
-def _count_signs(rows: Matrix, mixing: Matrix) -> Matrix:
+def _count_signs(rows: Matrix, mixing: Matrix | None) -> Matrix:
     return kernels.sign_counts(Block(torch.from_numpy(rows)), mixing)
 
 

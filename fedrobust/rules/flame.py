@@ -70,7 +70,8 @@ class CosineMajority(Weighting):
             return weigh(gram.shares)
         from sklearn.cluster import HDBSCAN  # noqa: PLC0415 (takes a second)
 
-        distances = np.maximum(1 - gram.cosines, 0.0)
+        distances = gram.cosines
+        np.maximum(np.subtract(1, distances, out=distances), 0.0, out=distances)
         np.round(distances, _DIGITS, out=distances)
         clusters = HDBSCAN(
             min_cluster_size=gram.n // 2 + 1,

@@ -48,7 +48,7 @@ class FoolsGold(Weighting):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
-        similar = gram.cosines.copy()
+        similar = gram.cosines
         np.fill_diagonal(similar, 0.0)  # nobody is his own sybil, and to be opposed is no credit
         largest = similar.max(axis=1)
         pardoned = similar * _pardons(largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,16 +85,32 @@ def test_centring_spectrum_and_projections(n: int, d: int, zeros: int) -> None:
     assert gram.eigenvalues(weights)[0] == pytest.approx(singular[0] ** 2, abs=1e-9 * d)
 
 
-def test_through_a_mixing_and_beside_the_reference() -> None:
+def test_through_a_mixing() -> None:
     X, M = rows(6, 20), np.random.default_rng(2).dirichlet(np.ones(6), 3)
     mixed = gram_of(X).through(M, shares(3), 0.1)
     np.testing.assert_allclose(mixed.matrix, (M @ X) @ (M @ X).T, atol=1e-9)
     assert (mixed.n, mixed.eps) == (3, 0.1)
     np.testing.assert_array_equal(mixed.matrix, mixed.matrix.T)
-    anchored = gram_of(X).with_reference()
-    Y = np.concatenate([X, np.zeros((1, 20))])
-    np.testing.assert_allclose(anchored.matrix, Y @ Y.T, atol=1e-9)
-    assert anchored.shares[-1] == 0
+
+
+@pytest.mark.parametrize(("n", "d"), [(6, 20), (300, 310), (20, 6), (1, 5)])
+@pytest.mark.parametrize("rest", [0.0, 1e-6, 0.3, 0.999, 1.0])
+def test_weight_that_is_lacking_lies_on_the_reference(
+    n: int, d: int, rest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, weights = rows(n, d) + 3.0, (1 - rest) * np.random.default_rng(1).dirichlet(np.ones(n))
+    Y, held = np.concatenate([X, np.zeros((1, d))]), np.append(weights, rest)
+    centred = np.sqrt(held)[:, None] * (Y - held @ Y)
+    exact = np.linalg.svd(centred, compute_uv=False) ** 2
+    gram = gram_of(X)
+    thin = replace(gram, factor=X) if d < n else gram
+    for some in (gram, thin):
+        found = some.eigenvalues(weights)
+        k = min(len(found), len(exact))
+        np.testing.assert_allclose(found[:k], exact[:k], atol=1e-9 * max(exact[0], 1.0))
+    monkeypatch.setattr("fedrobust.gram.LARGEST_MATRIX", 0)
+    free = replace(gram, multiply=lambda vectors: X @ (X.T @ vectors))
+    assert free.eigenvalues(weights)[0] == pytest.approx(exact[0], rel=0.02, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,12 @@ def train(run: Run) -> Found:
         bad = [i for i in asked if i < MALICIOUS]
         rows = updates([learners[i] for i in asked if i >= MALICIOUS], number, model)
         rows = torch.cat([coalition.rows(number, model)[bad], rows]) if bad else rows
-        model = model + fr.aggregate(rows, run.rule, eps=EPS, seed=number).value
+        draws = task.draws(number)
+        model = model + fr.aggregate(rows, run.rule, eps=EPS, seed=draws).value
         points = rows.double().numpy()
         if run.sever and schedule.looks(number):
             scores = dict(zip(map(str, asked), SCORES["SEVER"](points), strict=True))
-            out = {int(decided.client) for decided in schedule.decide(number, scores, EPS)}
+            out = {int(decided.client) for decided in schedule.decide(number, scores, EPS, draws)}
             asked = [i for i in asked if i not in out]
         elif not run.sever:
             truth = np.arange(CLIENTS) < MALICIOUS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from fedrobust.errors import InputError
 Group = TypeVar("Group", bound=Hashable)
 Setting = Mapping[str, Any]
 """One point of a grid: what JSON can hold."""
+_BEGIN = b'{"setting": '
+"""How a trial's line begins."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,33 @@ class Trial:
         return json.dumps([dict(self.setting), self.seed], sort_keys=True)
 
 
-def read(path: Path) -> list[Trial]:
-    """The trials that a file holds; a last line that was cut off by a crash is left out.
+def begun(path: Path, version: str) -> dict[str, Trial]:
+    """The trials that a file holds, by their keys, to go on with; cuts off a line that a crash left.
+
+    Args:
+        path: of the file; there may be none.
+        version: of fedrobust that goes on.
 
     Raises:
-        InputError: it holds something else.
+        InputError: it holds something else, or trials that another version ran.
     """
     if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
+        return {}
+    *whole, cut = path.read_bytes().split(b"\n")
     try:
-        return [Trial(**json.loads(line)) for line in whole.splitlines()]
+        trials = [Trial(**json.loads(line)) for line in whole]
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} does not hold trials ({error}); move it away") from None
+    if not (cut.startswith(_BEGIN) or _BEGIN.startswith(cut)):
+        raise InputError(f"{path} does not hold trials: it ends in {cut[:40]!r}; move it away")
+    if others := {trial.version for trial in trials} - {version}:
+        versions = ", ".join(other or "of an unknown version" for other in sorted(others))
+        raise InputError(
+            f"{path} holds trials of fedrobust {versions}, and this is {version}: "
+            "move the folder away, or give another one with --to"
+        )
+    os.truncate(path, path.stat().st_size - len(cut))  # what is whole is not written again
+    return {trial.key: trial for trial in trials}
 
 
 @dataclass(frozen=True)

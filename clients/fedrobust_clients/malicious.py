@@ -27,8 +27,9 @@ class Coalition:
 
     It knows everybody's data: what honest clients send, it works out itself from the broadcast model,
     if its attack looks at it. So every member comes to the same rows, in whatever process it runs,
-    and an attack over the network is the one that was simulated. (With client momentum and sampling
-    the honest clients' momentum is only estimated: the coalition sees the rounds it is asked in.)
+    and an attack over the network is the one that was simulated. It cannot know who else is asked, and
+    takes all clients to be: with sampling, or once some are excluded, its rehearsals are of a larger
+    round, and the honest clients' momentum is estimated from the rounds in which it is asked itself.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Coalition:
             own = cache(partial(self._train, range(f), number, model, None))
             view = View(
                 round=number,
+                seed=self._task.draws(number),
                 clients=self._task.clients,
                 malicious=self._malicious,
                 size=len(model),

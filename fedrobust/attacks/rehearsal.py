@@ -64,7 +64,7 @@ class Rehearsal:
         """Rehearse the round of a view.
 
         Args:
-            view: `honest`, `rule`, `eps` and `round` are looked at.
+            view: `honest`, `rule`, `eps` and `seed` are looked at.
             extra: vectors of (d,) that rows are made of besides the honest updates.
             default: the rule to assume where the coalition does not know it.
             root: the server's own row, where the coalition knows it; rows may be made of it.
@@ -82,7 +82,7 @@ class Rehearsal:
         # A model that has diverged is no reason for the attack to fail.
         known = (*view.honest, *extra, *(() if root is None else (root,)))
         vectors = tuple(_finite(vector) for vector in known)
-        return cls(vectors, len(view.honest), view.malicious, rule, eps, view.round, root)
+        return cls(vectors, len(view.honest), view.malicious, rule, eps, view.seed, root)
 
     @property
     def mean(self) -> Vector:

@@ -158,7 +158,7 @@ def challenge(
     kept = view.honest.double().numpy()
     rows = plan.stage.rows(plan.coefficients).double().numpy()
     anchors = None if server is None else {"root": server.double().numpy()}
-    result = aggregate(np.vstack([rows, kept]), rule, eps=eps, seed=view.round, anchors=anchors)
+    result = aggregate(np.vstack([rows, kept]), rule, eps=eps, seed=view.seed, anchors=anchors)
     mean = kept.mean(axis=0)
     scaled = (kept - mean) / math.sqrt(len(kept))
     spread = float(np.linalg.norm(scaled, 2))

@@ -37,6 +37,7 @@ class View:
         rule: how the server aggregates; None if the coalition does not know.
         eps: the malicious fraction that the server assumes where the rule names none; None if the
             coalition does not know.
+        seed: of what the rule draws in this round.
     """
 
     round: int
@@ -50,6 +51,7 @@ class View:
     see_earlier: Callable[[int], Tensor] | None = None
     rule: Aggregator | None = None
     eps: float | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.malicious < self.clients:

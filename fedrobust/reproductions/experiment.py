@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedrobust import __version__
-from fedrobust.errors import InputError
-from fedrobust.trials import Setting, Trial, read
+from fedrobust.trials import Setting, Trial, begun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,13 +70,7 @@ class Experiment:
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "trials.jsonl"
-        kept = {trial.key: trial for trial in read(path)}
-        if others := {trial.version for trial in kept.values()} - {__version__}:
-            versions = ", ".join(version or "of an unknown version" for version in sorted(others))
-            raise InputError(
-                f"{path} holds trials of fedrobust {versions}, and this is {__version__}: "
-                "move the folder away, or give another one with --to"
-            )
+        kept = begun(path, __version__)
         done: list[Trial] = []
         with path.open("a") as file:
             for planned in plan:

@@ -19,12 +19,12 @@ from fedrobust.training.objectives import parse_objective
 
 # Independent random streams of one seed, told apart by the first word of the spawn key; LAYERS is what a
 # module draws while it trains, as dropout does, NOISE what an objective draws, ROOT which examples are
-# the server's own.
-PARTITION, BATCHES, LAYERS, NOISE, ROOT = 0, 1, 4, 5, 6
+# the server's own, SERVER what its rule and schedule draw.
+PARTITION, BATCHES, LAYERS, NOISE, ROOT, SERVER = 0, 1, 4, 5, 6, 7
 
 
 def client_name(index: int) -> str:
-    """What the index-th client of a task is called; names sort as the indices do."""
+    """What the index-th client of a task is called; up to 9999 names sort as the indices do."""
     return f"client-{index:04d}"
 
 
@@ -140,6 +140,10 @@ class Task(Textual):
             InputError: the images are too small for the model, or what its path names is no model.
         """
         return parse_model(self.model)(dataset.shape, dataset.classes, self.seed)
+
+    def draws(self, number: int) -> int:
+        """The seed of what the server draws in a round, which clients that know the task know, too."""
+        return int(self.entropy(SERVER, number).generate_state(1, np.uint64)[0])
 
     def entropy(self, *key: int) -> np.random.SeedSequence:
         """The seed of one of this task's random streams; different keys, independent streams."""

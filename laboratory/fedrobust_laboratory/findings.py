@@ -126,13 +126,17 @@ def _by_attackers(trials: list[Trial]) -> Iterator[tuple[list[str], list[Trial]]
 
 
 def ranked(arenas: Sequence[Arena]) -> list[str]:
-    """All rules, the one with the best worst case, on the average over the arenas, first."""
-    worst = [arena.worst() for arena in arenas]
+    """All rules, the one with the best worst case first, on the average over the arenas that try it.
+
+    One that some arena's runs refused comes last.
+    """
+    worst = [(arena, arena.worst()) for arena in arenas]
     rules = dict.fromkeys(rule for arena in arenas for rule in arena.rules)
 
     def merit(rule: str) -> float:
-        found = [w[rule][1].mean for w in worst if rule in w]
-        return sum(found) / len(found) if len(found) == len(worst) else -math.inf
+        tried = [cases for arena, cases in worst if rule in arena.rules]
+        found = [cases[rule][1].mean for cases in tried if rule in cases]
+        return sum(found) / len(found) if len(found) == len(tried) else -math.inf
 
     return sorted(rules, key=merit, reverse=True)
 

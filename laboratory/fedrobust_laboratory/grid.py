@@ -77,6 +77,8 @@ class Grid:
             choose(key, known, "key of a grid")
         run = values.get("run", {})
         tables = [_lists(table) for table in (run if isinstance(run, list) else [run])]
+        if not tables:
+            raise InputError("the grid has no run; leave `run` out, or give at least one table")
         _check(values)
         rest = {key: value for key, value in values.items() if key != "run"}
         return cls(**{"title": "Attacks and rules", **rest}, tables=tables)
@@ -86,6 +88,7 @@ class Grid:
 
         Published figures are left out where those are not the grid's own in every table: they would
         stand beside runs of another set-up. Other seeds are none, nor are other rules, which they name.
+        Those of the worst attack are left out where some attacks are.
         """
         others = any(
             value not in table.get(key, ())
@@ -94,8 +97,13 @@ class Grid:
             for value in tried
             for table in self.tables
         )
+        fewer = any(
+            set(table.get("attack", ())) - set(values.get("attack", table.get("attack", ())))
+            for table in self.tables
+        )
         tables = [{**table, **values} for table in self.tables]
-        return replace(self, tables=tables, published=() if others else self.published)
+        published = [e for e in self.published if not others and ("attack" in e or not fewer)]
+        return replace(self, tables=tables, published=published)
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """Every run of the grid, as plain values of all keys of a run and its task.
@@ -120,6 +128,7 @@ class Grid:
         chosen = {**given, "attack": attack, "malicious": malicious, "outsiders": outsiders}
         config = configuration(chosen)
         setting = {**_plain(config.task, _TASK), **_plain(config, _RUN), "attack": attack}
+        setting["evaluations"] = self.evaluations
         return {**setting, "certify": repr(parse_plan(self.certify))} if self.certify else setting
 
 

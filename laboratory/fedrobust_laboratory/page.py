@@ -65,6 +65,8 @@ def write(trials: Sequence[Trial], grid: Grid, folder: Path, command: str) -> Pa
         The page.
     """
     (folder / "plots").mkdir(parents=True, exist_ok=True)
+    for earlier in [*(folder / "plots").glob("arena-*.png"), folder / "plots" / "certified.png"]:
+        earlier.unlink(missing_ok=True)  # of a grid that had more
     fields, shown = arenas(trials), tables(trials, grid)
     pictures = []
     for number, arena in enumerate(fields, start=1):

@@ -23,6 +23,7 @@ from fedrobust_server.config import RunConfig
 from fedrobust_server.quarantine import evidence, parse_policy
 from fedrobust_server.record import by_client
 from fedrobust_server.runs import read_checkpoint
+from fedrobust_server.schedule import parse_schedule
 from torch import Tensor
 
 from fedrobust import Aggregated, InputError, Verdict, kernels
@@ -112,10 +113,12 @@ class Cast:
     Attributes:
         honest: their learners, by the client's index.
         coalition: the malicious ones, if there are any: the first ones.
+        always: whether every client takes part in every round.
     """
 
     honest: Mapping[int, Learner]
     coalition: Coalition | None
+    always: bool
 
     @classmethod
     def of(cls, config: RunConfig, dataset: Dataset, shared: Shared) -> Cast:
@@ -123,7 +126,9 @@ class Cast:
         task, f = config.task, config.malicious
         honest = {i: Learner(task, dataset, i, shared=shared) for i in range(f, task.clients)}
         threat = Threat(f, config.attack, config.rule, config.eps)
-        return cls(honest, threat.coalition(task, dataset, shared) if f else None)
+        policy, schedule = parse_policy(config.quarantine), parse_schedule(config.schedule)
+        always = config.sample == 1 and schedule is None and policy.rounds == 0
+        return cls(honest, threat.coalition(task, dataset, shared) if f else None, always)
 
     def work(self, number: int, clients: Sequence[str], model: Tensor) -> Tensor:
         """(k, d) float32: what these clients send in a round, a row a client.
@@ -133,7 +138,8 @@ class Cast:
             clients: their names, in the names' order.
             model: (d,) float32, the broadcast model.
         """
-        chosen = [int(name.rpartition("-")[2]) for name in clients]
+        indices = [int(name.rpartition("-")[2]) for name in clients]
+        chosen = sorted(indices)  # malicious clients first, which from 10 000 on the names are not
         learners = [self.honest[i] for i in chosen if i in self.honest]
         rogues = chosen[: len(chosen) - len(learners)]
         rows = model.new_empty(len(chosen), len(model))
@@ -141,9 +147,11 @@ class Cast:
         if learners:
             updates(learners, number, model, out=honest)
         if rogues and self.coalition is not None:
-            seen = honest if len(learners) == len(self.honest) else None
+            # Else it trains all honest clients by itself from the first round on, as it would have to
+            # over the network, where it cannot know who is asked: their momentum depends on that.
+            seen = honest if self.always else None
             rows[: len(rogues)] = self.coalition.rows(number, model, seen)[rogues]
-        return rows
+        return rows if chosen == indices else rows[np.searchsorted(chosen, indices)]
 
 
 class _Table:
@@ -219,5 +227,6 @@ class _Table:
         self.suspects, _ = quarantine.observe(self._policy, self.suspects, number, found)
         schedule = self._combination.schedule
         if schedule is not None and spread:
-            for decided in schedule.decide(number, spread, self._config.eps):
+            seed = self._config.task.draws(number)
+            for decided in schedule.decide(number, spread, self._config.eps, seed):
                 self.suspects, _ = quarantine.override(self._policy, self.suspects, number + 1, decided)

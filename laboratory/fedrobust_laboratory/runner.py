@@ -18,12 +18,14 @@ from fedrobust_server.launch import start_ray
 
 from fedrobust import InputError, __version__
 from fedrobust.data import load
-from fedrobust.trials import Setting, Trial, read
+from fedrobust.trials import Setting, Trial, begun
 from fedrobust_laboratory.certification import parse_plan
 from fedrobust_laboratory.grid import AXES, Grid, configuration
 from fedrobust_laboratory.measure import measure
 
 TRIALS = "trials.jsonl"
+REFUSED = "refused"
+"""In the place of figures: why a run cannot be."""
 CURVES = ("curve", "certified")
 """Figures that are not one number."""
 _load = cache(load)
@@ -39,7 +41,7 @@ def compare(
     """Run all of a grid but what the folder has already; one that was cut short goes on.
 
     A run that cannot be (such as krum with too few clients) is kept with the reason, `refused`, in the
-    place of figures.
+    place of figures. It is tried again when the grid goes on: the reason may have been a missing file.
 
     Args:
         grid: what to run.
@@ -52,27 +54,31 @@ def compare(
         The runs in the grid's order.
 
     Raises:
-        InputError: a value is wrong, the data is not there, or `trials.jsonl` holds something else.
+        InputError: a value is wrong, the data is not there, no run of the grid can be, or `trials.jsonl`
+            holds something else or trials that another version of fedrobust ran.
     """
     plan = list({trial.key: trial for trial in map(_trial, grid.settings())}.values())
     for name in {planned.setting["dataset"] for planned in plan}:
         load(name, data_dir)  # what every run would fail on, told at once
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TRIALS
-    kept = {trial.key: trial for trial in read(path)}
+    kept = {k: trial for k, trial in begun(path, __version__).items() if REFUSED not in trial.figures}
     missing = [planned for planned in plan if planned.key not in kept]
     for planned in plan:
         if planned.key in kept:
             watch(kept[planned.key])
     if missing:
         with path.open("a") as file, start_ray(ray_address):
-            for trial in _in_parallel(missing, data_dir, grid.evaluations):
+            for trial in _in_parallel(missing, data_dir):
                 file.write(json.dumps(trial.__dict__) + "\n")
                 file.flush()
                 kept[trial.key] = trial
                 watch(trial)
     done = [kept[planned.key] for planned in plan]
     write_csv(done, folder / "runs.csv")
+    reasons = [trial.figures[REFUSED] for trial in done if REFUSED in trial.figures]
+    if reasons and len(reasons) == len(done):
+        raise InputError(f"no run of the grid can be; the first: {reasons[0]}")
     return done
 
 
@@ -81,7 +87,7 @@ def _trial(setting: Setting) -> Trial:
     return Trial(rest, setting["seed"], {}, 0.0)
 
 
-def _in_parallel(planned: Sequence[Trial], data_dir: Path | None, evaluations: int) -> Iterator[Trial]:
+def _in_parallel(planned: Sequence[Trial], data_dir: Path | None) -> Iterator[Trial]:
     """The trials as they end, in whatever order."""
     remote: Any = ray.remote(num_cpus=1, max_retries=3)(_run)
     data = None if data_dir is None else data_dir.resolve()
@@ -89,25 +95,29 @@ def _in_parallel(planned: Sequence[Trial], data_dir: Path | None, evaluations: i
     ahead = 2 * int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     left, waiting = iter(planned), list[Any]()
     while True:
-        waiting += [remote.remote(t, data, evaluations) for t in islice(left, ahead - len(waiting))]
+        waiting += [remote.remote(t, data) for t in islice(left, ahead - len(waiting))]
         if not waiting:
             return
-        (ended, *_), waiting = ray.wait(waiting)
-        with lifeline.told("a run"):
-            trial = ray.get(ended)
-        yield trial
+        ended, waiting = ray.wait(waiting, timeout=lifeline.PAUSE)
+        if not ended:
+            lifeline.check()
+        for run in ended:
+            with lifeline.told("a run"):
+                trial = ray.get(run)
+            yield trial
 
 
-def _run(planned: Trial, data_dir: Path | None, evaluations: int) -> Trial:
+def _run(planned: Trial, data_dir: Path | None) -> Trial:
     torch.set_flush_denormal(True)  # as the server's shards do
     torch.set_num_threads(1)
     began = time.perf_counter()
     try:
         config = configuration({**planned.setting, "seed": planned.seed})
         plan = parse_plan(planned.setting["certify"]) if "certify" in planned.setting else None
-        figures = measure(config, _load(config.task.dataset, data_dir), evaluations, plan)
+        dataset = _load(config.task.dataset, data_dir)
+        figures = measure(config, dataset, planned.setting["evaluations"], plan)
     except InputError as error:
-        figures = {"refused": str(error)}
+        figures = {REFUSED: str(error)}
     return Trial(planned.setting, planned.seed, figures, time.perf_counter() - began, __version__)
 
 

@@ -176,7 +176,8 @@ class Aftermath:
         found = evidence(closed.verdict, closed.weights, closed.malformed)
         decided = list[Override]()
         if self._schedule is not None and closed.spread:
-            decided = self._schedule.decide(closed.number, closed.spread, self._config.eps)
+            seed = self._config.task.draws(closed.number)
+            decided = self._schedule.decide(closed.number, closed.spread, self._config.eps, seed)
         self._suspects, changes = self._ledger.judge_clients(
             self._policy, self._suspects, closed.number, found, decided
         )

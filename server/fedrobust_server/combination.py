@@ -11,6 +11,7 @@ from fedrobust import Aggregated, kernels, parse_rule
 from fedrobust.aggregate import Rows, combine, gram_of
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules import CoordinateWise
+from fedrobust.training import Task
 from fedrobust_server.config import RunConfig
 from fedrobust_server.schedule import Sever, parse_schedule
 
@@ -20,6 +21,7 @@ class Combination:
     """How a run combines updates.
 
     Attributes:
+        task: seeds what the rule draws.
         rule: as text.
         eps: the share of the clients that may be malicious.
         schedule: leaves clients out; None leaves nobody out.
@@ -27,6 +29,7 @@ class Combination:
         weighs: whether the rule looks at the updates' inner products.
     """
 
+    task: Task
     rule: str
     eps: float
     schedule: Sever | None
@@ -38,7 +41,8 @@ class Combination:
         """That of a run."""
         rule = parse_rule(config.rule)
         weighs = not isinstance(rule.rules[0], CoordinateWise)
-        return cls(config.rule, config.eps, parse_schedule(config.schedule), rule.anchors, weighs)
+        schedule = parse_schedule(config.schedule)
+        return cls(config.task, config.rule, config.eps, schedule, rule.anchors, weighs)
 
     def __call__(
         self,
@@ -52,7 +56,7 @@ class Combination:
         """Combine the updates of a round.
 
         Args:
-            number: of the round; seeds what the rule draws.
+            number: of the round.
             clients: whose updates these are.
             rows: the updates, as many, and beside them the anchors.
             width: coordinates of each.
@@ -73,7 +77,7 @@ class Combination:
             rows,
             np.ones(len(clients)),
             squares,
-            number,
+            self.task.draws(number),
             self.anchors,
             matrix=matrix,
             precision=kernels.ARRIVING,

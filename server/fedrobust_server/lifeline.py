@@ -106,7 +106,7 @@ def told(what: str) -> Iterator[None]:
         raise ConnectionError(f"{what} was lost: {reason(error)}; begin again, and it goes on") from None
 
 
-_HELP = "when the cluster is back, go on by --resume"
+_HELP = "when the cluster is back, go on by --resume, or, where there is none, by the same command"
 
 
 def _ask() -> bool:

@@ -70,13 +70,14 @@ class Sever(Textual):
         """(n,) how far out each client's update is, not negative."""
         return SCORES[self.scores](gram)
 
-    def decide(self, number: int, scores: Mapping[str, float], eps: float) -> list[Override]:
+    def decide(self, number: int, scores: Mapping[str, float], eps: float, seed: int) -> list[Override]:
         """Whom to leave out from now on.
 
         Args:
-            number: of the round that is over; seeds random removal.
+            number: of the round that is over.
             scores: of the clients that took part, by `score`.
             eps: the run's.
+            seed: of random removal.
         """
         from fedrobust.statistics.severing import REMOVALS  # noqa: PLC0415 (takes a second)
 
@@ -84,7 +85,7 @@ class Sever(Textual):
         values = np.array([scores[name] for name in names])
         remove = REMOVALS[self.removal]
         eps = eps if self.eps is None else self.eps
-        left = remove(values, np.ones(len(names)), eps, np.random.default_rng(number))
+        left = remove(values, np.ones(len(names)), eps, np.random.default_rng(seed))
         out = [i for i in np.argsort(-values, kind="stable").tolist() if not left[i]]
         return [
             Override(

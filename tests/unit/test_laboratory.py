@@ -15,16 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedrobust_clients.malicious import Threat
 from fedrobust_laboratory import page, runner
 from fedrobust_laboratory.findings import arenas, ranked
 from fedrobust_laboratory.grid import Grid, configuration, presets, read_grid
 from fedrobust_laboratory.measure import measure
-from fedrobust_laboratory.play import Played, play
+from fedrobust_laboratory.play import Cast, Played, play
 from fedrobust_laboratory.runner import write_csv
 from fedrobust_server.config import RunConfig
 
-from fedrobust import InputError
+from fedrobust import InputError, __version__
+from fedrobust.attacks import View
+from fedrobust.attacks.rehearsal import Rehearsal
 from fedrobust.data import load
+from fedrobust.rules import parse_rule
 from fedrobust.training import Learner, Shared, Task, client_name, to_vector, updates
 from fedrobust.trials import Trial
 
@@ -86,6 +90,7 @@ def test_outsiders_are_the_malicious_ones() -> None:
         ({"run": {"rule": []}}, "tries nothing for rule"),
         ({"run": {"shards": 2}}, "unknown key of a run 'shards'"),
         ({"run": 3}, "run of a grid must be a table, or several, got 3"),
+        ({"run": []}, "the grid has no run"),
         ({"evaluations": "5"}, "evaluations of a grid must be int, got '5'"),
         ({"published": [{"rule": "mean"}]}, "must hold tables with an accuracy"),
         ({"published": [{"accuracy": 1, "spread": "0.4"}]}, "must hold tables with an accuracy"),
@@ -131,6 +136,13 @@ def test_published_figures_stay_with_their_set_up(values: dict[str, list[Any]], 
     assert bool(read_grid("byzfl").given(values).published) is stays
 
 
+def test_the_worst_of_some_attacks_does_not_stand_beside_what_was_published_of_all() -> None:
+    given = read_grid("byzfl").given({"attack": ["sign_flip"]})
+    assert not given.published
+    asked = Grid("x", tables=[{"attack": ["none", "ipm"]}], published=[{"attack": "ipm", "accuracy": 1}])
+    assert asked.given({"attack": ["ipm"]}).published == asked.published
+
+
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_can_be_run(name: str) -> None:
     found = read_grid(name)
@@ -146,7 +158,7 @@ def test_every_preset_can_be_run(name: str) -> None:
 
 
 def run(**changes: Any) -> RunConfig:
-    task = Task(model="softmax", clients=6, seed=1, **changes.pop("task", {}))
+    task = Task(**{"model": "softmax", "clients": 6, "seed": 1, **changes.pop("task", {})})
     return RunConfig(**{"task": task, "rounds": 3, "eps": 0.34, **changes})
 
 
@@ -207,6 +219,62 @@ def test_a_schedule_leaves_clients_out() -> None:
     first, *_, last = played(run(schedule="sever(every=1, times=2)", **changes))
     assert len(first.clients) == 6
     assert set(last.clients) == set(map(client_name, range(2, 6)))
+
+
+def test_the_coalition_goes_on_as_before_when_somebody_is_left_out() -> None:
+    """With momentum, what honest clients send depends on every round before."""
+    changes = {"attack": "alie", "malicious": 2, "rule": "mean", "rounds": 4}
+    config = run(schedule="sever(every=1, times=1)", task={"momentum": 0.9}, **changes)
+    dataset = load("digits")
+    coalition = Threat(2, "alie", "mean", config.eps).coalition(config.task, dataset)
+    model, present = to_vector(Shared.of(config.task, dataset).module), set[str]()
+    for found in play(config, dataset):
+        expected = dict(zip(map(client_name, range(2)), coalition.rows(found.round, model), strict=True))
+        for client, row in zip(found.clients, found.rows, strict=True):
+            if client in expected:
+                torch.testing.assert_close(row, expected[client], rtol=1e-4, atol=1e-6)
+        model, present = found.model, set(found.clients)
+    assert client_name(1) in present
+    assert len(present) == 5  # an honest one has gone
+
+
+def test_more_clients_than_names_have_digits_for() -> None:
+    """Beyond 9999 the names do not sort as the numbers do."""
+    names = sorted(map(client_name, (7, 999, 1000, 9999, 10_000, 10_500)))
+    task, dataset = Task(model="softmax", clients=2, batch=1), load("digits")
+    shared = Shared.of(task, dataset)
+    honest = {i: Learner(task, dataset, 1, shared=shared) for i in (10_000, 10_500)}
+
+    class Marked:
+        def rows(self, _number: int, model: torch.Tensor, _: object) -> torch.Tensor:
+            return torch.arange(10_001.0)[:, None].expand(-1, len(model))
+
+    model = to_vector(shared.module)
+    cast = Cast(honest, Marked(), always=False)  # type: ignore[arg-type]
+    rows = dict(zip(names, cast.work(1, names, model), strict=True))
+    for index in (7, 999, 1000, 9999):
+        assert bool((rows[client_name(index)] == index).all())
+    torch.testing.assert_close(rows[client_name(10_000)], rows[client_name(10_500)])
+
+
+def test_every_seed_and_round_has_draws_of_its_own() -> None:
+    draws = {Task(seed=seed).draws(number) for seed in range(20) for number in range(1, 20)}
+    assert len(draws) == 20 * 19
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_attackers_know_what_the_rule_draws(seed: int) -> None:
+    """Rehearsed and real buckets are the same, or the search would not find its own best scale."""
+    config = run(rule="bucketing(2) | median", attack="optimal_ipm", eps=0.17, task={"seed": seed})
+    (first, *_) = played(replace(config, malicious=1))
+    assert first.result is not None
+    honest = first.rows[1:]
+    view = View.of(honest, honest[:1], rule=parse_rule(config.rule), eps=config.eps)
+    stage = Rehearsal.of(replace(view, seed=config.task.draws(1)))
+    scale = -float(first.rows[0] @ honest.mean(dim=0) / honest.mean(dim=0).square().sum())
+    rehearsed = stage.error(-scale * stage.mean)
+    real = float((first.result.value[0] - honest.mean(dim=0)).norm())
+    assert rehearsed == pytest.approx(real, rel=1e-3)
 
 
 # ---- what is measured -------------------------------------------------------------------------------
@@ -277,6 +345,45 @@ def test_the_same_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(done) == len((tmp_path / runner.TRIALS).read_text().splitlines()) == 1
 
 
+def test_what_was_refused_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"mean": "cannot read m.safetensors", "filter": ""}
+
+    def at_once(planned: Sequence[Trial], *_: object) -> Iterator[Trial]:
+        for one in planned:
+            reason = reasons[one.setting["rule"]]
+            figures = {"refused": reason} if reason else {"accuracy_last": 0.5}
+            yield replace(one, figures=figures, version=__version__)
+
+    monkeypatch.setattr(runner, "_in_parallel", at_once)
+    monkeypatch.setattr(runner, "start_ray", lambda _: contextlib.nullcontext())
+    tried = grid(rule=["mean", "filter"])
+    first, second = runner.compare(tried, tmp_path)
+    assert (first.figures, second.figures) == ({"refused": reasons["mean"]}, {"accuracy_last": 0.5})
+    reasons |= {"mean": "", "filter": "asked twice"}
+    again = runner.compare(tried, tmp_path)
+    assert [one.figures for one in again] == [{"accuracy_last": 0.5}] * 2
+    reasons["mean"] = "no such model"
+    with pytest.raises(InputError, match="no run of the grid can be; the first: no such model"):
+        runner.compare(grid(rule="mean"), tmp_path / "other")
+
+
+def test_runs_of_another_version_or_judged_more_seldom_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "start_ray", lambda _: contextlib.nullcontext())
+
+    def at_once(planned: Sequence[Trial], *_: object) -> Iterator[Trial]:
+        return (replace(one, figures={"accuracy_last": 0.5}, version="0.0.9") for one in planned)
+
+    monkeypatch.setattr(runner, "_in_parallel", at_once)
+    seldom, often = (replace(grid(attack="none"), evaluations=count) for count in (10, 50))
+    (kept,) = runner.compare(seldom, tmp_path)
+    (asked,) = often.settings()
+    assert json.dumps([{**kept.setting, "seed": kept.seed}]) != json.dumps([asked])
+    with pytest.raises(InputError, match=r"trials of fedrobust 0\.0\.9, and this is"):
+        runner.compare(seldom, tmp_path)
+
+
 def trial(rule: str, attack: str, seed: int = 0, **figures: Any) -> Trial:
     (setting,) = grid(rule=rule, attack=attack, seed=seed, **figures.pop("run", {})).settings()
     del setting["seed"]
@@ -298,6 +405,20 @@ def test_the_worst_attack_is_the_one_with_the_lowest_mean() -> None:
     assert worst["filter"][0] == "none"
     assert ranked([arena]) == ["filter", "mean"]
     assert arena.percent()["filter"]["ipm"].count == 0
+
+
+def test_a_rule_is_ranked_by_the_arenas_that_try_it() -> None:
+    found = arenas(
+        [
+            trial("mean", "none", accuracy_last=0.3),
+            trial("filter", "none", accuracy_last=0.9),
+            trial("filter", "none", accuracy_last=0.7, run={"split": "dirichlet(0.1)"}),
+        ]
+    )
+    assert len(found) == 2
+    assert ranked(found) == ["filter", "mean"]
+    more = trial("median", "none", accuracy_last=0.5)
+    assert ranked([*arenas([more]), *found]) == ["filter", "median", "mean"]
 
 
 def test_runs_that_differ_in_more_are_kept_apart() -> None:
@@ -335,7 +456,11 @@ def test_a_report_shows_what_was_published(tmp_path: Path) -> None:
         trial("nnm | filter", "none", accuracy_last=0.75),
         trial("mean", "ipm", refused="too few"),
     ]
+    (tmp_path / "plots").mkdir()
+    stale, own = tmp_path / "plots" / "arena-7.png", tmp_path / "plots" / "own.png"
+    stale.touch(), own.touch()
     path = page.write(trials, asked, tmp_path, "fedrobust compare 'x | y'")
+    assert (stale.exists(), own.exists()) == (False, True)
     html, text = path.read_text(), (tmp_path / "tables.md").read_text()
     assert "A &lt;title&gt;" in html
     assert "<svg" in html

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fedrobust import InputError, __version__
 from fedrobust.cli import main
 from fedrobust.reproductions import CATALOG, Experiment
-from fedrobust.trials import Trial, grouped, read, summary, table
+from fedrobust.trials import Trial, begun, grouped, summary, table
 
 
 def counting(ran: list[tuple[int, int]], stop_at: int = 99) -> Experiment:
@@ -46,7 +46,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     assert [trial.figures["y"] for trial in trials] == [0, 1, 1, 2, 2, 3]
     assert "| 2 | 2.5 ± 0.71 |" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "figure.png").stat().st_size > 0
-    assert read(tmp_path / "trials.jsonl") == trials
+    assert list(begun(tmp_path / "trials.jsonl", __version__).values()) == trials
 
 
 @pytest.mark.parametrize(("version", "told"), [("0.0.9", "0.0.9"), (None, "of an unknown version")])
@@ -60,7 +60,7 @@ def test_figures_of_another_version_are_not_taken_for_new(
     kept = json.loads(path.read_text())
     assert kept.pop("version") == __version__
     path.write_text(json.dumps(kept if version is None else {**kept, "version": version}) + "\n")
-    assert [trial.version for trial in read(path)] == [version or ""]
+    assert [trial.version for trial in begun(path, version or "").values()] == [version or ""]
     again = counting([])
     with pytest.raises(
         InputError, match=rf"trials of fedrobust {told}, and this is .*: move the folder"
@@ -69,12 +69,13 @@ def test_figures_of_another_version_are_not_taken_for_new(
     assert len(path.read_text().splitlines()) == 1
 
 
-def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "trials.jsonl").write_text("all work and no play\n")
+@pytest.mark.parametrize("data", [b"all work and no play\n", b'{"a": 1}', b"\xff\xfe\n", b"no end"])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "trials.jsonl").write_bytes(data)
     experiment = counting([])
     with pytest.raises(InputError, match="does not hold trials"):
         experiment.run(experiment.plan(), tmp_path)
-    assert (tmp_path / "trials.jsonl").read_text() == "all work and no play\n"
+    assert (tmp_path / "trials.jsonl").read_bytes() == data
 
 
 def test_summaries() -> None:

@@ -48,16 +48,16 @@ def test_scores_are_those_of_the_estimators() -> None:
 
 def test_the_share_eps_over_2_goes_and_is_told_why() -> None:
     scores = {f"c{i}": float(i) for i in range(20)}
-    first, second = Sever().decide(10, scores, eps=0.2)
+    first, second = Sever().decide(10, scores, eps=0.2, seed=10)
     assert (first.client, second.client, first.who, first.action) == ("c19", "c18", "sever", Ban())
     assert first.reason == (
         "look 1 of 3, after round 10: spectral score 19, number 1 of 20; their median is 9.5"
     )
-    assert Sever().decide(10, dict.fromkeys("abcdefghij", 0.0), eps=0.2) == []
-    assert len(Sever(eps=0.4).decide(10, scores, eps=0.2)) == 4
-    drawn = Sever(removal="random").decide(10, scores, eps=0.2)
+    assert Sever().decide(10, dict.fromkeys("abcdefghij", 0.0), eps=0.2, seed=10) == []
+    assert len(Sever(eps=0.4).decide(10, scores, eps=0.2, seed=10)) == 4
+    drawn = Sever(removal="random").decide(10, scores, eps=0.2, seed=10)
     assert drawn[0].client == "c19"
-    assert drawn == Sever(removal="random").decide(10, scores, eps=0.2)
+    assert drawn == Sever(removal="random").decide(10, scores, eps=0.2, seed=10)
 
 
 def test_the_example_tells_who_stands_out() -> None:

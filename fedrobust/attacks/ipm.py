@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fedrobust.attacks.attack import Attack
-from fedrobust.attacks.rehearsal import Rehearsal, best_scale
+from fedrobust.attacks.rehearsal import Rehearsal, best_scale, stepped_scale
 from fedrobust.attacks.view import View
 
 
@@ -53,23 +53,34 @@ class OptimalIPM(Attack):
     Sees: `honest`, `rule`, `eps`.
 
     Source: Xie, Koyejo, Gupta (arXiv 1903.03936), with the line search of Shejwalkar, Houmansadr, NDSS
-    2021 and of ByzFL's `Optimal_InnerProductManipulation`. Deviation: a grid that
-    is zoomed in on, as the error jumps where a rule starts to notice.
+    2021 and of ByzFL's `Optimal_InnerProductManipulation`. Deviation: a grid that is zoomed in on, for
+    the error jumps where a rule starts to notice. `step` has ByzFL's own search, which mostly stops at
+    the first scale that harms at all: `optimal_ipm(20, step=10)`.
 
     Attributes:
         budget: how many scales are tried, at least 6.
+        step: the first step of ByzFL's search, which begins at 0; 0 searches the grid.
     """
 
     name = "optimal_ipm"
 
     budget: int = 40
+    step: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.budget >= 6, "budget must be at least 6")
+        self.require(self.step >= 0, "step must not be negative; 0 searches a grid")
 
     def __call__(self, view: View, rng: np.random.Generator) -> Tensor:  # noqa: ARG002
         """Try scales on the rule, send the worst."""
         stage = Rehearsal.of(view)
-        scale = best_scale(lambda s: stage.error(-s * stage.mean), 0.01, 100.0, self.budget)
+
+        def error(scale: float) -> float:
+            return stage.error(-scale * stage.mean)
+
+        if self.step:
+            scale = stepped_scale(error, self.step, self.budget)
+        else:
+            scale = best_scale(error, 0.01, 100.0, self.budget)
         return stage.rows(-scale * stage.mean)

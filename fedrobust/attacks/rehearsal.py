@@ -204,6 +204,26 @@ def best_scale(error: Callable[[float], float], low: float, high: float, budget:
     return float(scales[np.argmax(errors)])
 
 
+def stepped_scale(error: Callable[[float], float], step: float, budget: int) -> float:
+    """A scale from 0 on with a large error: steps that double as long as they help, then shrink by 0.8.
+
+    What ByzFL's attacks do (`Optimal_InnerProductManipulation`). It never steps back.
+
+    Args:
+        error: any function.
+        step: the first one.
+        budget: how often the error may be worked out, at least 1.
+    """
+    best, most, helps = 0.0, error(0.0), True
+    for _ in range(budget - 1):
+        found = error(best + step)
+        helps = helps and found > most
+        if found > most:
+            best, most = best + step, found
+        step *= 2.0 if helps else 0.8
+    return best
+
+
 def _count_signs(rows: Matrix, mixing: Matrix | None) -> Matrix:
     return kernels.sign_counts(Block(torch.from_numpy(rows)), mixing)
 

@@ -61,3 +61,8 @@ def test_optimal_attacks_go_at_least_as_far(attack: Attack, documented: list[flo
         return float(np.linalg.norm(value - HONEST.mean(axis=0)))
 
     assert error(row(attack, view)) >= error(np.array(documented))
+
+
+def test_byzfls_own_search_comes_to_the_documented_row() -> None:
+    sent = row(OptimalIPM(20, step=10.0), seen("nnm | trimmed_mean"))
+    np.testing.assert_allclose(sent, [-2.74877907, -3.43597384, -4.1231686], rtol=1e-6)

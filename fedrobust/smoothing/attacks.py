@@ -107,8 +107,8 @@ class PGD(Adversary):
     """Projected gradient ascent on the loss, from the image itself.
 
     Madry, Makelov, Schmidt, Tsipras, Vladu, ICLR 2018 (arXiv 1706.06083); in l2 with steps of length
-    2 eps / steps along the normalised gradient, as the code of Salman et al. 2019 has it, in linf with
-    steps along its signs.
+    2 eps / steps along the normalised gradient, each clipped to the limits and then shortened to eps, as
+    the code of Salman et al. 2019 has it; in linf with steps along its signs.
 
     Attributes:
         norm: "l2" or "linf", in which eps is measured.
@@ -130,12 +130,13 @@ class PGD(Adversary):
         for _ in range(self.steps):
             gradient, _ = _ascent(log_probabilities, x + delta, y)
             step = 2 * self.eps / self.steps
-            if self.norm == "l2":
-                delta = _shortened(delta + step * _unit(gradient), self.eps)
+            if self.norm == "l2":  # shortened last, so that it reaches eps beside what is clipped
+                delta = _clipped(x + delta + step * _unit(gradient), limits) - x
+                delta = _shortened(delta, self.eps)
             else:
                 delta = (delta + step * gradient.sign()).clamp(-self.eps, self.eps)
-            delta = _clipped(x + delta, limits) - x
-        return x + delta
+                delta = _clipped(x + delta, limits) - x
+        return _clipped(x + delta, limits)
 
 
 @dataclass(frozen=True, repr=False)

@@ -65,6 +65,18 @@ def test_on_a_linear_classifier_attacks_find_the_worst_image() -> None:
     torch.testing.assert_close(linf.flatten(1), x.flatten(1) + 0.5 * sign * away.sign())
 
 
+def test_an_attack_on_an_image_at_the_limits_goes_all_the_way_beside_them() -> None:
+    """A step of PGD is clipped before it is shortened, so that what is clipped is not lost of eps."""
+
+    def log_probabilities(x: Tensor) -> Tensor:  # climbs along both pixels, of which one is white
+        return log_softmax(torch.stack([-x.flatten(1).sum(dim=1), torch.zeros(len(x))], dim=1), dim=1)
+
+    found = PGD(0.2, steps=2)(
+        log_probabilities, torch.tensor([[[[1.0, 0.5]]]]), torch.tensor([0]), limits=(0.0, 1.0)
+    )
+    torch.testing.assert_close(found, torch.tensor([[[[1.0, 0.7]]]]))
+
+
 @pytest.mark.parametrize("adversary", [PGD(0.5), DDN(0.5)], ids=repr)
 def test_a_step_is_as_long_where_a_model_is_so_sure_that_its_gradient_is_tiny(
     adversary: Adversary,

@@ -1,7 +1,8 @@
 """Attacks on a classifier, and on a smoothed one: images nearby that it gets wrong.
 
 An attack climbs the loss of a function that maps images to logarithms of probabilities: a model's own
-(`plain`), or those that a model gives on the average under noise (`smoothed`).
+(`plain`), or those that a model gives on the average under noise (`smoothed`). All are float32, whatever
+a model computes in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LEAST = torch.finfo(torch.float32).tiny
 
 def plain(model: Scores) -> LogProbabilities:
     """What the model itself says."""
-    return lambda x: log_softmax(model(x), dim=1)
+    return lambda x: log_softmax(model(x).float(), dim=1)
 
 
 def smoothed(
@@ -49,7 +50,7 @@ def smoothed(
     """
 
     def log_probabilities(x: Tensor) -> Tensor:
-        scores = model((x.unsqueeze(1) + noise).flatten(0, 1)).view(len(x), noise.shape[1], -1)
+        scores = model((x.unsqueeze(1) + noise).flatten(0, 1)).float().view(len(x), noise.shape[1], -1)
         return log_softmax(scores, dim=2).mean(dim=1) if naive else averaged(scores)
 
     return log_probabilities

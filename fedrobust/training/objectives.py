@@ -313,9 +313,10 @@ def parse_objective(text: str) -> Objective:
 
 
 def _scores(step: Step, pixels: Tensor, noise: Tensor) -> Tensor:
-    """(k, m, classes): of (k, *shape) pixels under each of (k, m, *shape) samples of noise."""
+    """(k, m, classes) float32: of (k, *shape) pixels under each of (k, m, *shape) samples of noise."""
     found: Tensor = step.of_pixels((pixels.unsqueeze(1) + noise).flatten(0, 1))
-    return found.view(len(pixels), noise.shape[1], -1)
+    # Autocast on a CPU would leave logarithms and exponentials of them in bfloat16.
+    return found.float().view(len(pixels), noise.shape[1], -1)
 
 
 def _loss(scores: Tensor, y: Tensor) -> Tensor:

@@ -198,6 +198,27 @@ def test_objectives_read_as_they_are_written_and_repeat(objective: Objective) ->
         assert objective(step(module, seed=1), x, y) != losses[0]
 
 
+class Whole(nn.Module):
+    """Float32, whatever comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def test_probabilities_are_float32_where_layers_compute_in_bfloat16() -> None:
+    """A CPU's autocast leaves log_softmax, logsumexp, exp and log in what they are given."""
+    half, (x, y) = network(), examples()
+    whole, noise = nn.Sequential(half, Whole()), 0.5 * torch.randn(6, 4, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half(x).dtype == torch.bfloat16
+        assert torch.equal(plain(half)(x), plain(whole)(x))
+        for naive in (False, True):
+            ours, expected = (smoothed(m, noise, naive=naive)(x) for m in (half, whole))
+            assert torch.equal(ours, expected)
+        for objective in OBJECTIVES:
+            assert torch.equal(objective(step(half), x, y), objective(step(whole), x, y))
+
+
 def test_noise_is_measured_in_pixels() -> None:
     """So a module that undoes the normalisation sees pixels with noise of sigma."""
     seen: list[Tensor] = []

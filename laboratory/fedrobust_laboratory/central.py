@@ -58,8 +58,8 @@ def train_in(
         The checkpoint, and how its model does on the test images, without noise.
 
     Raises:
-        InputError: the folder holds something else, the data is not there, a teacher has nothing to
-            label, or as `Trained.find` and `read_checkpoint`.
+        InputError: the folder holds something else, or what is left of it; the data is not there, a
+            teacher has nothing to label, or as `Trained.find` and `read_checkpoint`.
     """
     dataset = load(course.dataset, data_dir)
     if teacher is not None and course.labelled == 1:
@@ -71,7 +71,8 @@ def train_in(
     if initial is not None:
         at = dataclasses.replace(at, model=read_checkpoint(initial, module))
     about = {**dataclasses.asdict(course), "initial": str(initial or ""), "teacher": str(teacher or "")}
-    claim(folder / _CONFIG, about, f"{folder} holds another training or run")
+    _refuse_remains(folder)
+    claim(folder / _CONFIG, about, f"{folder} holds another training or run", "the whole folder")
     if (folder / _STATE).exists():
         at = _read(folder / _STATE)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,19 +80,20 @@ def train_in(
         _write(folder / _STATE, at)
         watch(at)
     module.to("cpu")
-    checkpoint = folder / "checkpoints" / f"epoch-{course.epochs:06d}.safetensors"
+    checkpoint = folder / "checkpoints" / _name(course)
     checkpoint.parent.mkdir(exist_ok=True)
     save_tensors(checkpoint, split_vector(at.model.cpu(), manifest(module)), {})
     return checkpoint, evaluate(module, dataset.test_x, dataset.test_y)
 
 
-def claim(path: Path, about: Mapping[str, Any], otherwise: str) -> None:
+def claim(path: Path, about: Mapping[str, Any], otherwise: str, remove: str) -> None:
     """Write down what is worked on, where nothing is yet; what is there must be the same.
 
     Args:
         path: of a TOML file; it is whole or absent, whatever happens.
         about: plain values.
         otherwise: what the error says is wrong.
+        remove: what it says to remove, to begin anew.
 
     Raises:
         InputError: the file says something else.
@@ -103,7 +105,22 @@ def claim(path: Path, about: Mapping[str, Any], otherwise: str) -> None:
         fresh.write_text(text)
         fresh.replace(path)
     elif path.read_text() != text:
-        raise InputError(f"{otherwise}, see {path}; choose another place with --to, or remove it")
+        raise InputError(f"{otherwise}, see {path}; choose another place with --to, or remove {remove}")
+
+
+def _refuse_remains(folder: Path) -> None:
+    """Raise `InputError` where nothing says any more of what training a state or a checkpoint is."""
+    left = [path for path in (folder / _STATE, *folder.glob("checkpoints/*")) if path.exists()]
+    if left and not (folder / _CONFIG).exists():
+        raise InputError(
+            f"{left[0]} is of a training whose {_CONFIG} is gone; choose another place with --to, or "
+            "remove the whole folder"
+        )
+
+
+def _name(course: Course) -> str:
+    """Of the checkpoint that a training ends with."""
+    return f"epoch-{course.epochs:06d}.safetensors"
 
 
 def _write(path: Path, progress: Progress) -> None:
@@ -140,7 +157,7 @@ class Trained:
 
         Args:
             folder: with `config.toml` and `checkpoints/`.
-            checkpoint: another one than the last.
+            checkpoint: another one than a run's last, or than the one that a training ended with.
 
         Raises:
             InputError: there is no such folder, or no checkpoint in it yet.
@@ -154,9 +171,12 @@ class Trained:
             for key in values:
                 choose(key, [field.name for field in dataclasses.fields(Course)], "configuration key")
             source = Course(**values)
-        found = sorted((folder / "checkpoints").glob("*.safetensors"))
+        pattern = "*.safetensors" if isinstance(source, Task) else _name(source)
+        found = sorted((folder / "checkpoints").glob(pattern))
         if checkpoint is None and not found:
-            raise InputError(f"there is no checkpoint in {folder / 'checkpoints'}: was it cut short?")
+            raise InputError(
+                f"there is no checkpoint {pattern} in {folder / 'checkpoints'}: was it cut short?"
+            )
         return cls(source, checkpoint or found[-1])
 
     def module(self, dataset: Dataset) -> nn.Module:

@@ -220,7 +220,7 @@ def certify(
     beside = _beside(log)
     if log.exists() and not beside.exists():
         raise InputError(f"{log} is no log of ours to go on with; choose another file with --to")
-    claim(beside, about, f"{log} is a log of another model or plan")
+    claim(beside, about, f"{log} is a log of another model or plan", "both")
     known = begun(log)
     for number in asked.numbers:
         if number in known:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from fedrobust_laboratory.central import Trained, train_in
 
 from fedrobust.data import Dataset, load
 from fedrobust.errors import InputError
@@ -95,6 +97,36 @@ def test_the_same_seed_uses_the_same_labels(digits: Dataset) -> None:
     assert not torch.equal(parts[0], parts[2])
     assert len(labelled(replace(few, labelled=1e-9), digits).train_y) == 1
     assert labelled(replace(few, labelled=1.0), digits) is digits
+
+
+QUICK = Course("digits", "softmax", epochs=2, batch=500)
+
+
+def test_training_does_not_go_on_from_what_is_left_of_another(tmp_path: Path) -> None:
+    other = replace(QUICK, objective="gaussian(0.5)")
+    train_in(tmp_path, QUICK)
+    with pytest.raises(InputError, match=r"another training or run, see .* the whole folder"):
+        train_in(tmp_path, other)
+    (tmp_path / "config.toml").unlink()
+    for left in ("state.safetensors", "checkpoints/epoch-000002.safetensors"):
+        said = rf"{left} is of a training whose config\.toml is gone; .*remove the whole folder"
+        with pytest.raises(InputError, match=said):
+            train_in(tmp_path, other)
+        (tmp_path / left).unlink()
+    checkpoint, _ = train_in(tmp_path, other)
+    twin, _ = train_in(tmp_path / "elsewhere", other)
+    assert checkpoint.read_bytes() == twin.read_bytes()
+
+
+def test_a_training_is_found_by_the_checkpoint_of_its_last_epoch(tmp_path: Path) -> None:
+    checkpoint, _ = train_in(tmp_path, QUICK)
+    longer = checkpoint.with_name("epoch-000060.safetensors")
+    longer.write_bytes(b"of another training")
+    assert Trained.find(tmp_path).checkpoint == checkpoint
+    assert Trained.find(tmp_path, longer).checkpoint == longer
+    checkpoint.unlink()
+    with pytest.raises(InputError, match=r"no checkpoint epoch-000002\.safetensors in .*cut short"):
+        Trained.find(tmp_path)
 
 
 @pytest.mark.parametrize(

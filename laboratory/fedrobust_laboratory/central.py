@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,10 +30,13 @@ from fedrobust.training import (
     load_vector,
     manifest,
     split_vector,
+    to_vector,
     train,
 )
 
 _CONFIG, _STATE = "config.toml", "state.safetensors"
+_ORIGINS = ("initial", "teacher", "initial_sha256", "teacher_sha256")
+"""What a configuration says beside its course."""
 
 
 def train_in(
@@ -71,6 +75,10 @@ def train_in(
     if initial is not None:
         at = dataclasses.replace(at, model=read_checkpoint(initial, module))
     about = {**dataclasses.asdict(course), "initial": str(initial or ""), "teacher": str(teacher or "")}
+    if initial is not None:
+        about["initial_sha256"] = fingerprint(at.model)
+    if guide is not None:
+        about["teacher_sha256"] = fingerprint(to_vector(guide))
     _refuse_remains(folder)
     claim(folder / _CONFIG, about, f"{folder} holds another training or run", "the whole folder")
     if (folder / _STATE).exists():
@@ -84,6 +92,11 @@ def train_in(
     checkpoint.parent.mkdir(exist_ok=True)
     save_tensors(checkpoint, split_vector(at.model.cpu(), manifest(module)), {})
     return checkpoint, evaluate(module, dataset.test_x, dataset.test_y)
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """The SHA-256, in hexadecimal, of what tensors in this machine's memory hold, in their order."""
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def claim(path: Path, about: Mapping[str, Any], otherwise: str, remove: str) -> None:
@@ -166,8 +179,8 @@ class Trained:
         if "task" in values:
             source: Task | Course = RunConfig.from_dict(values).task
         else:
-            for place in ("initial", "teacher"):
-                values.pop(place, None)
+            for key in _ORIGINS:
+                values.pop(key, None)
             for key in values:
                 choose(key, [field.name for field in dataclasses.fields(Course)], "configuration key")
             source = Course(**values)

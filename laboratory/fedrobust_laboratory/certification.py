@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from fedrobust.smoothing import (
 from fedrobust.smoothing.logs import begun
 from fedrobust.text import Textual, choose, parse
 from fedrobust.training import load_vector, to_vector
-from fedrobust_laboratory.central import Trained, claim
+from fedrobust_laboratory.central import Trained, claim, fingerprint
 
 _COPIES = 20_000
 """So many noisy copies make a piece of work that is worth sending to another process."""
@@ -215,8 +214,11 @@ def certify(
         InputError: the data or the model is not there, or the log is of something else.
         ConnectionError: Ray does not start, or a process of it is lost.
     """
-    model = hashlib.sha256(asked.vector.numpy().tobytes()).hexdigest()
-    about = {**dataclasses.asdict(asked.plan), "model": model, "dataset": asked.trained.source.dataset}
+    about = {
+        **dataclasses.asdict(asked.plan),
+        "model": fingerprint(asked.vector),
+        "dataset": asked.trained.source.dataset,
+    }
     beside = _beside(log)
     if log.exists() and not beside.exists():
         raise InputError(f"{log} is no log of ours to go on with; choose another file with --to")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +129,21 @@ def test_a_training_is_found_by_the_checkpoint_of_its_last_epoch(tmp_path: Path)
     checkpoint.unlink()
     with pytest.raises(InputError, match=r"no checkpoint epoch-000002\.safetensors in .*cut short"):
         Trained.find(tmp_path)
+
+
+@pytest.mark.parametrize("role", ["initial", "teacher"])
+def test_training_goes_on_with_the_model_that_it_began_with(tmp_path: Path, role: str) -> None:
+    """Which one lies at a path may change meanwhile."""
+    earlier, few = tmp_path / "earlier", replace(QUICK, labelled=0.1)
+    checkpoint, _ = train_in(earlier, few)
+    origin: dict[str, Any] = {role: checkpoint if role == "initial" else earlier}
+    train_in(tmp_path / "t", few, **origin)
+    train_in(tmp_path / "t", few, **origin)
+    assert Trained.find(tmp_path / "t").source == few
+    shutil.rmtree(earlier)
+    train_in(earlier, replace(few, seed=1))
+    with pytest.raises(InputError, match="t holds another training or run"):
+        train_in(tmp_path / "t", few, **origin)
 
 
 @pytest.mark.parametrize(

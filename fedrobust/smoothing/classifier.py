@@ -48,10 +48,11 @@ class SmoothedClassifier:
     Cohen, Rosenfeld, Kolter, "Certified Adversarial Robustness via Randomized Smoothing", ICML 2019
     (arXiv 1902.02918). Whatever f is, g does not change its answer within a radius that can be computed.
 
-    The noise of an image depends on the seed and the image's number alone, so that answers are the same
-    however images are batched or spread over processes (up to a device's own rounding in f, which may
-    depend on the batch). All answers are about independent noise: with a fixed seed one gets the same
-    answer again, and whoever knows the seed before choosing the image could fit it to the noise.
+    The noise of an image depends on the seed, the image's number and the kind of device alone, so that
+    answers are the same however images are batched or spread over processes (up to a device's own
+    rounding in f, which may depend on the batch). All answers are about independent noise: with a fixed
+    seed one gets the same answer again, and whoever knows the seed before choosing the image could fit
+    it to the noise.
 
     Attributes:
         noise: what is added to images.

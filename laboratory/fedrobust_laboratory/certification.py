@@ -58,6 +58,8 @@ class Plan(Textual):
         m: samples of noise that the attack looks at.
         naive: whether the attack is on the model under noise, rather than on the smoothed classifier.
         seed: of the noise, 0 or above.
+        batch: noisy copies in one pass, rounded up to a multiple of 50; 0: as many as are fastest, which
+            each process finds by trial. Where a kernel's rounding depends on it, so may answers.
     """
 
     name = "plan"
@@ -74,6 +76,7 @@ class Plan(Textual):
     m: int = 16
     naive: bool = False
     seed: int = 0
+    batch: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +87,8 @@ class Plan(Textual):
         asked = self.radius >= 0 and float(f"{self.radius:.3g}") == self.radius
         said = f"radius must be at least 0, of 3 digits as in a log, or -1, got {self.radius}"
         self.require(asked or self.radius == -1, said)
-        self.require(self.seed >= 0, "seed must be at least 0")
+        for name in ("seed", "batch"):
+            self.require(getattr(self, name) >= 0, f"{name} must be at least 0")
         choose(self.noise, ("gaussian", "rounded"), "noise")
         choose(self.precision, ("float32", "bfloat16"), "precision")
         if self.attack:
@@ -102,7 +106,7 @@ class Plan(Textual):
         """The smoothed classifier that is asked."""
         noise = RoundedGaussian(self.sigma) if self.noise == "rounded" else self.sigma
         dtype = torch.bfloat16 if self.precision == "bfloat16" else None
-        return SmoothedClassifier(model, noise, classes, dtype=dtype)
+        return SmoothedClassifier(model, noise, classes, dtype=dtype, batch=self.batch or None)
 
     def ask(
         self, classifier: SmoothedClassifier, dataset: Dataset, numbers: Sequence[int]

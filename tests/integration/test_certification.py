@@ -19,7 +19,7 @@ from fedrobust_laboratory.certification import Asked, Plan
 from fedrobust_laboratory.grid import configuration, read_grid
 from fedrobust_laboratory.measure import measure
 from fedrobust_laboratory.play import play
-from fedrobust_server.config import RunConfig
+from fedrobust_server.config import RunConfig, read_config
 from fedrobust_server.runs import read_checkpoint
 from safetensors.torch import load_file
 
@@ -172,6 +172,18 @@ def test_images_that_are_rounded_after_an_attack_stay_in_its_ball(trained: Path)
     assert 0 < (tried[0] - clean).flatten(1).norm(dim=1).max() < 0.02 + 1e-6
 
 
+def test_the_batch_may_be_fixed_and_is_written_down(
+    ray_cluster: None, trained: Path, tmp_path: Path
+) -> None:
+    classifier = Asked(Trained.find(trained), Plan(batch=120), None).classifier
+    assert classifier.batch_size((1, 8, 8)) == 150
+    log = tmp_path / "log.tsv"
+    arguments = ["certify", str(trained), "--n", "100", "--every", "90", "--to", str(log)]
+    assert main([*arguments, "--batch", "120"]) == 0
+    assert read_config(tmp_path / "log.tsv.toml")["batch"] == 120
+    assert main(arguments) == 2
+
+
 def answers(asked: Asked) -> tuple[Any, Any]:
     """Who is right, and the radii, found in this process."""
     entries = asked.plan.ask(asked.classifier, asked.dataset, asked.numbers)
@@ -228,6 +240,7 @@ def test_grids_certify_their_models(tmp_path: Path) -> None:
         (["certify", "nowhere"], "cannot read the configuration nowhere/config.toml"),
         (["certify", "{trained}", "--sigma", "0"], "sigma must be above 0, got 0.0"),
         (["certify", "{trained}", "--every", "0"], "every must be at least 1"),
+        (["certify", "{trained}", "--batch", "-1"], "batch must be at least 0"),
         (["certify", "{trained}", "--noise", "pink"], "unknown noise 'pink'"),
         (["certify", "{trained}", "--attack", "fgsm"], "unknown attack on images 'fgsm'"),
         (["certify", "{trained}", "--checkpoint", "none"], "cannot read the checkpoint none"),

@@ -218,15 +218,18 @@ def certify(
         InputError: the data or the model is not there, or the log is of something else.
         ConnectionError: Ray does not start, or a process of it is lost.
     """
+    dataset, which = asked.dataset, list(asked.numbers)
     about = {
         **dataclasses.asdict(asked.plan),
         "model": fingerprint(asked.vector),
+        "network": asked.trained.source.model,
         "dataset": asked.trained.source.dataset,
+        "images": fingerprint(dataset.test_x[which], dataset.test_y[which]),
     }
     beside = _beside(log)
     if log.exists() and not beside.exists():
         raise InputError(f"{log} is no log of ours to go on with; choose another file with --to")
-    claim(beside, about, f"{log} is a log of another model or plan", "both")
+    claim(beside, about, f"{log} is a log of another model or plan, or of other images", "both")
     known = begun(log)
     for number in asked.numbers:
         if number in known:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from fedrobust_laboratory.central import Trained, train_in
-from fedrobust_laboratory.certification import Asked, Plan
+from fedrobust_laboratory.certification import Asked, Plan, certify
 from fedrobust_laboratory.grid import configuration, read_grid
 from fedrobust_laboratory.measure import measure
 from fedrobust_laboratory.play import play
@@ -121,7 +121,7 @@ def test_certifying_that_was_killed_goes_on_to_the_same_log(
     assert lines == [entry.line().rpartition("\t")[0] for entry in expected]
     assert answer["images"] == 40
     assert main([*arguments, "--seed", "1"]) == 2
-    assert "log.tsv is a log of another model or plan, see" in capsys.readouterr().err
+    assert "is a log of another model or plan, or of other images, see" in capsys.readouterr().err
     assert answer["average_radius"] == read_log(log).average_radius > 0.2
 
 
@@ -182,6 +182,20 @@ def test_the_batch_may_be_fixed_and_is_written_down(
     assert main([*arguments, "--batch", "120"]) == 0
     assert read_config(tmp_path / "log.tsv.toml")["batch"] == 120
     assert main(arguments) == 2
+
+
+def test_a_log_is_of_the_images_that_were_asked_about(
+    ray_cluster: None, trained: Path, tmp_path: Path
+) -> None:
+    """Whatever the dataset is called by then."""
+    log, asked = tmp_path / "log.tsv", Asked(Trained.find(trained), Plan(n=100, every=90), None)
+    certify(asked, log)
+    assert read_config(tmp_path / "log.tsv.toml")["network"] == "lenet(4)"
+    for change in ({"test_x": asked.dataset.test_x.flip(0)}, {"test_y": asked.dataset.test_y.flip(0)}):
+        other = replace(asked)
+        other.__dict__["dataset"] = replace(asked.dataset, **change)
+        with pytest.raises(InputError, match=r"or of other images, see .*log\.tsv\.toml"):
+            certify(other, log)
 
 
 def answers(asked: Asked) -> tuple[Any, Any]:

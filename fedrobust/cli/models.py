@@ -117,6 +117,8 @@ def _certify(options: argparse.Namespace) -> int:
 
     from fedrobust.smoothing import read_log
 
+    if options.to is not None and options.to.is_dir():
+        raise InputError(f"--to must name a file, got the folder {options.to}")
     if options.plot:
         return _plot(options)
     if options.attacked or options.common:

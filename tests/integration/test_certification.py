@@ -259,6 +259,9 @@ def test_grids_certify_their_models(tmp_path: Path) -> None:
         (["certify", "{trained}", "--attack", "fgsm"], "unknown attack on images 'fgsm'"),
         (["certify", "{trained}", "--checkpoint", "none"], "cannot read the checkpoint none"),
         (["certify", "{trained}", "--to", "{trained}/config.toml"], "is no log of ours to go on with"),
+        (["certify", "{trained}", "--to", "."], "--to must name a file, got the folder ."),
+        (["certify", "--plot", "none.tsv", "--to", "."], "--to must name a file, got the folder ."),
+        (["certify", "{trained}", "--to", "{trained}"], "--to must name a file, got the folder"),
         (["certify", "--plot", "none.tsv"], "cannot read none.tsv"),
         (
             ["certify", "{trained}", "--plot", "none.tsv"],

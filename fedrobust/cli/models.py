@@ -149,7 +149,12 @@ def _certify(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from fedrobust_laboratory.certification import Plan, read_attacked, read_certified
+    from fedrobust_laboratory.certification import (
+        Plan,
+        read_attacked,
+        read_certified,
+        require_alike,
+    )
     from fedrobust_laboratory.radii import radii_figure
     from fedrobust_server import drawing
 
@@ -169,6 +174,8 @@ def _plot(options: argparse.Namespace) -> int:
     attacked = [read_attacked(path) for path in options.attacked or ()]
     if attacked and len(logs) > 1:
         raise InputError("--attacked is drawn beside one log, give --plot just that of the same model")
+    for path in options.attacked or ():
+        require_alike(options.plot[0], path)
     figure = radii_figure(logs, attacked)
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(drawing.to_png(figure))

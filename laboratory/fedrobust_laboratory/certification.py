@@ -272,10 +272,34 @@ def read_attacked(log: Path) -> Log:
     return read_log(log)
 
 
+def require_alike(certified: Path, attacked: Path) -> None:
+    """Make sure that two logs are of the same smoothed classifier, where both say what they are of.
+
+    Raises:
+        InputError: they are not.
+    """
+    ours, theirs = _about(certified), _about(attacked)
+    if ours is None or theirs is None:
+        return
+    for key in ("model", "dataset", "sigma", "precision"):
+        one, other = ours.get(key), theirs.get(key)
+        if one != other:
+            raise InputError(
+                f"{attacked} is no log of an attack on what {certified} certifies: its {key} is "
+                f"{other}, not {one}; leave it out, or give --plot the log of the same model"
+            )
+
+
 def _attack(log: Path) -> str | None:
     """That a log is of: empty for certificates, None where nothing beside it says, as with others'."""
+    about = _about(log)
+    return None if about is None else str(about.get("attack", ""))
+
+
+def _about(log: Path) -> dict[str, Any] | None:
+    """What is written beside a log; None where nothing is."""
     beside = _beside(log)
-    return str(read_config(beside).get("attack", "")) if beside.exists() else None
+    return read_config(beside) if beside.exists() else None
 
 
 def _beside(log: Path) -> Path:

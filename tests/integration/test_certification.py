@@ -131,7 +131,7 @@ def test_all_that_can_be_asked_is_answered(
     found = {}
     for name, asked in {
         "rounded": ["--noise", "rounded", "--precision", "bfloat16"],
-        "attacked": ["--attack", "pgd(0.25, steps=5)", "--m", "4", "--naive"],
+        "attacked": ["--attack", "pgd(0.25, steps=5)", "--m", "4", "--naive", "--precision", "bfloat16"],
     }.items():
         log = tmp_path / f"{name}.tsv"
         arguments = ["certify", str(trained), "--sigma", "0.25", "--n", "1000", "--every", "9", "--json"]

@@ -185,7 +185,12 @@ def test_a_log_of_an_attack_is_no_log_of_certificates(
 
     assert plot("certified", "l2", "ddn", "published") == (0, "")
     assert plot("published") == (0, "")
+    other = tmp_path / "other.tsv"
+    other.write_bytes((tmp_path / "l2.tsv").read_bytes())
+    other.with_name("other.tsv.toml").write_text('sigma = 0.25\nattack = "pgd(0.5)"\n')
     for logs, said in (
+        (("certified", "other"), "other.tsv is no log of an attack on what"),
+        (("certified", "l2", "other"), "its sigma is 0.25, not 0.5; leave it out"),
         (
             ("l2",),
             "l2.tsv is a log of the attack pgd(0.5), which certifies nothing: give it to --attacked",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from decimal import ROUND_DOWN, Decimal
@@ -138,7 +139,7 @@ def read_log(path: Path) -> Log:
     """Read a certification log, of ours or of others.
 
     Raises:
-        InputError: it cannot be read, or a line is none of such a log.
+        InputError: it cannot be read, a line is none of such a log, or an image has two lines.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -169,6 +170,12 @@ def read_log(path: Path) -> Log:
     wrong = log.radius[~(np.isfinite(log.radius) & (log.radius >= 0))]
     if wrong.size:
         raise InputError(f"{path} has the radius {wrong[0]}; radii are finite and at least 0")
+    numbers, counts = np.unique(log.idx, return_counts=True)
+    if (counts > 1).any():
+        raise InputError(
+            f"{path} has image {numbers[counts > 1][0]} more than once, as two commands at a time leave "
+            "it: keep one line of each image"
+        )
     return log
 
 
@@ -176,20 +183,20 @@ def begun(path: Path) -> set[int]:
     """The numbers of the images that a log has; makes it, or cuts off a last line that a crash left.
 
     Raises:
-        InputError: the file is something else.
+        InputError: the file is something else, or as `read_log`.
     """
-    header = "\t".join(COLUMNS) + "\n"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not (text.startswith(header) or header.startswith(text)):
+    header = ("\t".join(COLUMNS) + "\n").encode()
+    found = path.read_bytes() if path.exists() else b""
+    if not (found.startswith(header) or header.startswith(found)):
         raise InputError(f"{path} is no log of ours to go on with")
-    whole = text[: text.rfind("\n") + 1]
+    whole = found.rfind(b"\n") + 1
     if not whole:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(header, encoding="utf-8")
+        path.write_bytes(header)
         return set()
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return set() if whole == header else set(read_log(path).idx.tolist())
+    if whole < len(found):  # in place: a crash here must not cost what is there
+        os.truncate(path, whole)
+    return set() if whole == len(header) else set(read_log(path).idx.tolist())
 
 
 def _down(radius: float) -> str:

@@ -76,11 +76,11 @@ def test_a_radius_of_three_digits_stays_as_it_is(radius: float) -> None:
 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
-    for text in ("a note", "a note\nof two lines, the last one open"):
-        path.write_text(text)
+    for content in (b"a note", b"a note\nof two lines, the last one open", b"\x89PNG\r\n\xff\xfe"):
+        path.write_bytes(content)
         with pytest.raises(InputError, match="is no log of ours"):
             begun(path)
-        assert path.read_text() == text
+        assert path.read_bytes() == content
 
 
 def test_a_line_that_a_crash_cut_off_is_written_anew(tmp_path: Path) -> None:
@@ -121,6 +121,10 @@ def test_what_a_log_shows() -> None:
         ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\t2\t0.5\t7\t0\n", "a line that is none"),
         ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\t2\tnan\t1\t0\n", "has the radius nan"),
         ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n1\t2\t2\t-3\t1\t0\n", "has the radius -3"),
+        (
+            "idx\tlabel\tpredict\tradius\tcorrect\ttime\n" + 2 * "9\t2\t2\t0.5\t1\t0\n",
+            "has image 9 more than once",
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -46,11 +46,12 @@ def linear_gradients(model: BaseEstimator, X: Gradients, y: npt.NDArray[np.gener
     """Per-example gradients of a fitted linear model's loss, in its coefficients and intercept.
 
     Known: squared loss (Ridge, LinearRegression, Lasso, ElasticNet, SGDRegressor, RidgeClassifier),
-    logistic loss (LogisticRegression, SGDClassifier; softmax for several classes), hinge and squared
-    hinge (LinearSVC, SVC with the linear kernel and two classes, SGDClassifier; one against the rest for
-    several classes, so not LinearSVC with multi_class="crammer_singer"). The regulariser's gradient, the
-    same for all examples, is left out. At a hinge's kink the gradient is 0, so that examples exactly on
-    the margin are not seen; the dual variables of an exact solver tell what they weigh.
+    logistic loss (LogisticRegression, SGDClassifier), hinge and squared hinge (LinearSVC, SVC with the
+    linear kernel and two classes, SGDClassifier). Several classes are taken one against the rest, so not
+    LinearSVC with multi_class="crammer_singer"; LogisticRegression by softmax, unless it was fitted one
+    against the rest, as by liblinear. The regulariser's gradient, the same for all examples, is left
+    out. At a hinge's kink the gradient is 0, so that examples exactly on the margin are not seen; the
+    dual variables of an exact solver tell what they weigh.
 
     Args:
         model: fitted.
@@ -108,7 +109,9 @@ def _loss_of(model: BaseEstimator) -> str:
     elif isinstance(model, SVC) and model.kernel == "linear" and len(model.classes_) == 2:
         loss = "hinge"
     elif isinstance(model, LogisticRegression):
-        loss = "softmax"
+        # Up to scikit-learn 1.7; later releases fit several classes by softmax, or not at all.
+        against_rest = model.solver == "liblinear" or getattr(model, "multi_class", "") == "ovr"
+        loss = "log_loss" if against_rest else "softmax"
     elif isinstance(model, (*_SQUARED, RidgeClassifier)):
         loss = "squared_error"
     if loss not in (_SLOPES if is_classifier(model) else ("squared_error",)):

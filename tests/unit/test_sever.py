@@ -262,6 +262,19 @@ def test_closed_forms_of_classifiers(
     )
 
 
+@pytest.mark.parametrize("options", [{"solver": "liblinear"}, {"multi_class": "ovr"}], ids=str)
+def test_logistic_regression_one_against_the_rest(options: dict[str, str]) -> None:
+    """As scikit-learn up to 1.7 fits it; put together here, since later releases refuse to."""
+    X, y = load_iris(return_X_y=True)
+    model = LogisticRegression(max_iter=1000).fit(X, y)
+    parts = [LogisticRegression(solver="liblinear").fit(X, y == label) for label in range(3)]
+    model.coef_ = np.concatenate([part.coef_ for part in parts])
+    model.intercept_ = np.concatenate([part.intercept_ for part in parts])
+    vars(model).update(options)
+    wanted = by_torch(model, X, y, against_rest(lambda m: softplus(-m)))
+    assert np.allclose(linear_gradients(model, X, y), wanted, atol=1e-10)
+
+
 @pytest.mark.parametrize("model", [Ridge(), LinearRegression(), Lasso()], ids=repr)
 def test_closed_forms_of_regressors(model: Any) -> None:
     (X, y), _ = regression()

@@ -154,7 +154,7 @@ def train(course: Course, dataset: Dataset, module: nn.Module, begun: Progress) 
         order = torch.randperm(len(dataset.train_y), generator=_generator(course, epoch, _ORDER))
         step = Step(module, dataset.normalisation, _generator(course, epoch, _NOISE, device), epoch)
         total = torch.zeros((), device=device)
-        with seeded(_seed(course, epoch, _LAYERS)):
+        with seeded(_seed(course, epoch, _LAYERS), device):
             for number, rows in enumerate(torch.split(order, course.batch)):
                 x, y = dataset.train_x[rows].to(device), dataset.train_y[rows].to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=course.precision == "bfloat16"):

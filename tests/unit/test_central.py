@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from fedrobust_laboratory.central import Trained, train_in
+from torch import nn
 
 from fedrobust.data import Dataset, load
 from fedrobust.errors import InputError
 from fedrobust.training import Course, Progress, evaluate, labelled, train
 
 COURSE = Course("digits", "cnn(4)", "gaussian(0.1)", epochs=4, batch=64, lr=0.1)
+QUICK = Course("digits", "softmax", epochs=2, batch=500)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,27 @@ def test_training_that_was_cut_short_goes_on_to_the_same_model(digits: Dataset) 
     assert rest[-1].loss == whole[-1].loss
     assert list(train(COURSE, digits, other, whole[-1])) == []
     assert math.isnan(Progress.from_model(module).loss)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+    ],
+)
+def test_what_layers_draw_repeats_and_leaves_others_generators_alone(
+    digits: Dataset, device: str
+) -> None:
+    module = nn.Sequential(nn.Dropout(0.5), QUICK.build_model(digits)).to(device)
+    begun, ends = Progress.from_model(module), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        ends.append(list(train(QUICK, digits, module, begun))[-1].model)
+        drawn = torch.rand(3, device=device)
+        torch.manual_seed(seed)
+        assert torch.equal(torch.rand(3, device=device), drawn)
+    assert torch.equal(*ends)
 
 
 def test_a_step_is_that_of_torch(digits: Dataset) -> None:
@@ -99,9 +122,6 @@ def test_the_same_seed_uses_the_same_labels(digits: Dataset) -> None:
     assert not torch.equal(parts[0], parts[2])
     assert len(labelled(replace(few, labelled=1e-9), digits).train_y) == 1
     assert labelled(replace(few, labelled=1.0), digits) is digits
-
-
-QUICK = Course("digits", "softmax", epochs=2, batch=500)
 
 
 def test_training_does_not_go_on_from_what_is_left_of_another(tmp_path: Path) -> None:

@@ -332,11 +332,18 @@ def _answers(asked: Asked, numbers: Sequence[int]) -> Iterator[list[Entry]]:
     parts = [list(part) for part in _batched(numbers, size)]
     count = min(gpus or int(resources.get("CPU", 1)), len(parts))
     pool = ActorPool([asker.remote(sent) for _ in range(count)])
-    answers = pool.map(lambda actor, part: actor.ask.remote(part), parts)
-    for _ in parts:
-        with lifeline.told("a piece of work"):
-            entries = next(answers)
-        yield entries
+    for part in parts:
+        pool.submit(lambda actor, part: actor.ask.remote(part), part)
+    left = len(parts)
+    while left:
+        try:
+            with lifeline.told("a piece of work"):
+                entries = pool.get_next(timeout=lifeline.PAUSE)
+        except TimeoutError:
+            lifeline.check()
+        else:
+            left -= 1
+            yield entries
 
 
 def _batched(numbers: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 try:
+    from nvflare.apis.client import Client
     from nvflare.apis.dxo import from_shareable
-    from nvflare.apis.fl_constant import FLMetaKey, ReservedKey
+    from nvflare.apis.fl_constant import FLMetaKey, ReservedKey, ServerCommandKey
     from nvflare.apis.fl_context import FLContext
     from nvflare.apis.shareable import ReturnCode, Shareable
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -150,7 +151,7 @@ class RobustAggregator(ModelAggregator):
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """The same for ScatterAndGather, which tells the site and the round by the message."""
         self.fl_ctx = fl_ctx
-        name = str(shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, default="?"))
+        name = _sender(shareable)
         code, number = shareable.get_return_code(), fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         if code and code != ReturnCode.OK:
             return self._take(name, Unreadable(f"returns {code}"))
@@ -294,6 +295,16 @@ class RobustAggregator(ModelAggregator):
             who = {"round": found.number, "clients": found.clients, "refusals": found.refused}
             with (folder / REPORT).open("a") as file:
                 file.write(json.dumps(who | found.figures()) + "\n")
+
+
+# ---- sites ------------------------------------------------------------------------------------------
+
+
+def _sender(shareable: Shareable) -> str:
+    """Who sent it: the client that the server authenticated, or, if it names none, who it says it is."""
+    client = shareable.get_header(ServerCommandKey.FL_CLIENT)
+    said = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, default="?")
+    return str(client.name if isinstance(client, Client) else said)
 
 
 # ---- arrays -----------------------------------------------------------------------------------------

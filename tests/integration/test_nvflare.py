@@ -17,8 +17,9 @@ import torch
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedrobust[nvflare]'")
 
+from nvflare.apis.client import Client
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
-from nvflare.apis.fl_constant import ReservedKey
+from nvflare.apis.fl_constant import ReservedKey, ServerCommandKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable, make_reply
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -339,6 +340,17 @@ def test_the_classic_interface(kind: str) -> None:
     assert "returns EXECUTION_EXCEPTION" in aggregator.rounds[0].refused["site-2"]
     aggregator.reset(fl_ctx)
     json.dumps(aggregator.rounds[0].figures())
+
+
+def test_a_site_cannot_answer_in_the_name_of_others() -> None:
+    """The peer's properties are its own word; the client in the header is the one that was let in."""
+    aggregator, fl_ctx = RobustAggregator("mean", quorum=0.1), context()
+    for name in SITES:
+        answer = shareable(name, trained("site-1"))
+        answer.set_header(ServerCommandKey.FL_CLIENT, Client("site-1", "token"))
+        assert aggregator.accept(answer, fl_ctx) == (name == SITES[0])
+    aggregator.aggregate(fl_ctx)
+    assert aggregator.rounds[0].clients == ("site-1",)
 
 
 # ---- NVFlare's simulator ----------------------------------------------------------------------------

@@ -137,10 +137,10 @@ class RobustAggregator(ModelAggregator):
         """Remember which model goes out, and to whom."""
         super().handle_event(event_type, fl_ctx)
         if event_type == AppEventType.BEFORE_TRAIN_TASK:
-            task, peer = fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE), fl_ctx.get_peer_context()
+            task, asking = fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE), _asking(fl_ctx)
             with self._lock:
-                if peer is not None:
-                    self._intake.asked.add(peer.get_identity_name())
+                if asking:
+                    self._intake.asked.add(asking)
                 if self._intake.reference is None:
                     self._intake.reference = _sent(task)
 
@@ -305,6 +305,17 @@ def _sender(shareable: Shareable) -> str:
     client = shareable.get_header(ServerCommandKey.FL_CLIENT)
     said = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, default="?")
     return str(client.name if isinstance(client, Client) else said)
+
+
+def _asking(fl_ctx: FLContext) -> str:
+    """Who asks for a task: the site's own word, so only a name that the engine knows counts; else ""."""
+    peer, engine = fl_ctx.get_peer_context(), fl_ctx.get_engine()
+    name = peer.get_identity_name() if peer is not None else ""
+    if not isinstance(name, str):
+        return ""
+    # Made-up names would raise the number of sites asked, and with it the quorum.
+    known = engine is None or name in {client.name for client in engine.get_clients()}
+    return name if known else ""
 
 
 # ---- arrays -----------------------------------------------------------------------------------------

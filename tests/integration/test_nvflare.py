@@ -307,6 +307,31 @@ def test_the_model_is_the_one_that_went_out() -> None:
     assert "lacks" in aggregator.rounds[0].refused["site-1"]
 
 
+def test_made_up_names_are_not_asked() -> None:
+    """A site that asks for its task again and again, each time as somebody else, moves no quorum."""
+
+    class Engine:
+        def get_clients(self) -> list[Client]:
+            return [Client(site, "token") for site in SITES]
+
+        def fire_event(self, *_: object) -> None:
+            pass
+
+    aggregator, peer = RobustAggregator("filter(eps=0.2)"), FLContext()
+    for name in [*SITES, *(f"ghost-{i}" for i in range(100)), ["site-1"], 10**5000]:
+        peer.set_prop(ReservedKey.IDENTITY_NAME, name, private=False, sticky=False)
+        fl_ctx = context()
+        fl_ctx.set_prop(AppConstants.TRAIN_SHAREABLE, Shareable(), private=True, sticky=False)
+        fl_ctx.set_prop(ReservedKey.ENGINE, Engine(), private=True, sticky=False)
+        fl_ctx.set_peer_context(peer)
+        aggregator.handle_event(AppEventType.BEFORE_TRAIN_TASK, fl_ctx)
+    aggregator.fl_ctx = context()
+    for site in SITES[2:]:
+        aggregator.accept_model(result(site, trained(site)))
+    checked(aggregator.aggregate_model())
+    assert aggregator.rounds[0].asked == 10
+
+
 # ---- the classic interface --------------------------------------------------------------------------
 
 

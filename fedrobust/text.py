@@ -37,7 +37,7 @@ class Textual:
             value = getattr(self, field)
             if not _fits(value, hint):
                 wanted = getattr(hint, "__name__", str(hint))
-                raise InputError(f"{self.name}: {field} must be {wanted}, got {value!r}")
+                raise InputError(f"{self.name}: {field} must be {wanted}, got {brief(value)}")
             if isinstance(value, int | float) and not abs(value) < 2**63:  # no text form reads it back
                 raise InputError(f"{self.name}: {field} must be finite and within 64 bits")
 
@@ -103,6 +103,23 @@ def printable(text: str, limit: int = 200) -> str:
     """
     shown = "".join(c if c.isprintable() else _escaped(c) for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[: max(limit - 3, 0)] + "..."[:limit]
+
+
+def brief(value: object, limit: int = 60) -> str:
+    """A value as messages show it: its repr, printable and cut; its type alone where it has none.
+
+    Of an integer of thousands of digits Python makes no text, and of a stranger's value who knows.
+
+    >>> brief("x" * 99, limit=9)
+    "'xxxxx..."
+    >>> brief([16**5000])
+    '<list that cannot be shown>'
+    """
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 (whatever a thing does when it is shown)
+        text = f"<{type(value).__name__} that cannot be shown>"
+    return printable(text, limit)
 
 
 def finite(value: Any) -> Any:  # noqa: ANN401 (whatever JSON can hold)

@@ -18,7 +18,7 @@ from fedrobust.errors import InputError
 from fedrobust.kernels import Vector
 from fedrobust.rules import Aggregator, Rule
 from fedrobust.rules.fraction import at_least, check_eps
-from fedrobust.text import printable
+from fedrobust.text import brief, printable
 from fedrobust.trees import Tree
 from fedrobust.verdict import Verdict
 
@@ -232,7 +232,7 @@ class Defence:
         if isinstance(offer.update, Unreadable):
             return offer.update.reason
         if self.max_share is not None and not _counts(offer.examples):
-            return f"reports {offer.examples!r:.60} examples"
+            return f"reports {brief(offer.examples)} examples"
         return None
 
     def shares(self, examples: Sequence[object]) -> Vector:

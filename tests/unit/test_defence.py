@@ -95,6 +95,12 @@ def test_counts_of_numpy_count() -> None:
     assert Defence("mean", max_share=0.5).decide(1, 3, offers, {}, {"w": np.zeros(3)}).accepted == 3
 
 
+def test_a_count_that_has_no_text_is_refused() -> None:
+    offers = [Offer(i, {"w": np.ones(3)}, 10**5000 if i == 0 else 5) for i in range(3)]
+    found = Defence("mean", max_share=0.5).decide(1, 3, offers, {}, {"w": np.zeros(3)})
+    assert found.refused == {0: "reports <int that cannot be shown> examples"}
+
+
 def test_who_is_refused_lifts_nobody_above_the_largest_share() -> None:
     offers = [Offer(0, {"w": np.ones(3)}, 10**15)]
     offers += [Offer(i, {"w": np.full(3, np.nan)}, 10**15) for i in (1, 2, 3)]

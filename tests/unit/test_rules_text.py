@@ -124,6 +124,13 @@ def test_what_cannot_be_read_is_named_in_one_line(text: str, message: str) -> No
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("value", ["0x{}", "[0x{}]"])
+def test_a_number_that_has_no_text_is_named_by_its_type(value: str) -> None:
+    """Python writes out no integer of more than 4300 digits, and reads it in hexadecimal."""
+    with pytest.raises(InputError, match=r"filter: removal must be str, got <(int|list) that cannot be"):
+        parse_rule(f"filter(removal={value.format('f' * 4000)})")
+
+
 @pytest.mark.parametrize("text", ["nnm", "bucketing(2) | clip"])
 def test_mixings_alone_give_no_answer(text: str) -> None:
     with pytest.raises(InputError, match=r"only mixes; end it with a rule, as in .* \| filter"):

@@ -44,7 +44,7 @@ from fedrobust.aggregate import LARGEST_NORM
 from fedrobust.errors import InputError
 from fedrobust.integrations.defence import Defence, Offer, Round, Unreadable, medians
 from fedrobust.running import RunningAggregate
-from fedrobust.text import printable
+from fedrobust.text import brief, printable
 from fedrobust.trees import Leaves, form_of, misfit, read_leaves
 
 REPORT = "fedrobust.jsonl"
@@ -155,8 +155,9 @@ class RobustAggregator(ModelAggregator):
         code, number = shareable.get_return_code(), fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         if code and code != ReturnCode.OK:
             return self._take(name, Unreadable(f"returns {code}"))
-        if (of := shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)) not in (None, number):
-            self.warning(f"{name} sends an update for round {of} in round {number}; it is left out")
+        of = shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)
+        if of is not None and not (isinstance(of, int) and of == number):  # it may be anything
+            self.warning(f"{name} sends an update for round {brief(of)} in {number}; it is left out")
             return False
         try:
             from_shareable(shareable)

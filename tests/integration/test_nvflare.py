@@ -335,7 +335,7 @@ def test_made_up_names_are_not_asked() -> None:
 # ---- the classic interface --------------------------------------------------------------------------
 
 
-def shareable(site: str, params: Params, number: int = 0, kind: str = DataKind.WEIGHTS) -> Shareable:
+def shareable(site: str, params: Params, number: Any = 0, kind: str = DataKind.WEIGHTS) -> Shareable:
     """What ScatterAndGather hands on: who sent it is in the peer's properties."""
     found = DXO(kind, data=params, meta={MetaKey.NUM_STEPS_CURRENT_ROUND: 10}).to_shareable()
     found.set_peer_props({ReservedKey.IDENTITY_NAME: site})
@@ -365,6 +365,20 @@ def test_the_classic_interface(kind: str) -> None:
     assert "returns EXECUTION_EXCEPTION" in aggregator.rounds[0].refused["site-2"]
     aggregator.reset(fl_ctx)
     json.dumps(aggregator.rounds[0].figures())
+
+
+@pytest.mark.parametrize(
+    "of",
+    [np.array([0, 0]), 10**5000, "0\x1b[2J", [], 1],
+    ids=["array", "huge", "text", "list", "late"],
+)
+def test_an_answer_for_whatever_other_round_is_left_out(
+    of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregator = RobustAggregator("mean")
+    assert not aggregator.accept(shareable("site-1", trained("site-1"), of), context())
+    assert "\x1b" not in caplog.text
+    assert "in 0; it is left out" in caplog.text
 
 
 def test_a_site_cannot_answer_in_the_name_of_others() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fedrobust.aggregate import Aggregated, aggregate, check_seed, composition
 from fedrobust.errors import InputError
@@ -19,7 +20,7 @@ from fedrobust.kernels import Vector
 from fedrobust.rules import Aggregator, Rule
 from fedrobust.rules.fraction import at_least, check_eps
 from fedrobust.text import brief, printable
-from fedrobust.trees import Tree
+from fedrobust.trees import Tree, as_tensor
 from fedrobust.verdict import Verdict
 
 Client = Hashable
@@ -276,14 +277,16 @@ def capped(examples: Vector, most: float) -> Vector:
 def medians(records: Sequence[Mapping[str, Any]]) -> Figures:
     """What most clients report: the median of every figure that more than half of them have.
 
-    Lists count if they are of the most common length, and give a list. What is not a finite number, or
-    a list of such, does not count: a report is a client's word, and must not spoil the others'.
+    Lists count if they are of the most common length, and give a list. What is not a finite number,
+    Python's, numpy's or torch's, or a list of such, or has no text for its name, does not count: a
+    report is a client's word, and must not spoil the others'.
 
     >>> medians([{"loss": 1.0}, {"loss": 2.0, "odd": 7}, {"loss": 1e300}, {"loss": float("nan")}])
     {'loss': 2.0}
     """
     found: Figures = {}
-    for key in sorted({key for record in records for key in record}):
+    names: set[object] = {key for record in records for key in record}
+    for key in sorted(name for name in names if isinstance(name, str)):
         values = [v for record in records if (v := _finite(record.get(key))) is not None]
         if not 2 * len(values) > len(records):
             continue
@@ -294,11 +297,13 @@ def medians(records: Sequence[Mapping[str, Any]]) -> Figures:
 
 
 def _finite(value: object) -> Vector | None:
-    if not isinstance(value, bool | int | float | list):
-        return None
     try:
+        if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+            value = as_tensor(value).item()
+        if not isinstance(value, bool | int | float | list):
+            return None
         numbers = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of these is torch's
         return None
     sound = numbers.ndim <= 1 and bool(np.isfinite(numbers).all())
     return numbers if sound else None

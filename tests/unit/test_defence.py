@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,25 @@ def test_lists_are_reported_by_their_most_common_length() -> None:
     records = [{"history": [1.0, 2.0]}, {"history": [3.0, 4.0]}, {"history": [5.0]}]
     assert medians(records) == {"history": [2.0, 3.0]}
     assert medians([]) == {}
+
+
+def test_figures_of_numpy_and_torch_count() -> None:
+    kinds = [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), np.longdouble(0.5)]
+    assert medians([{"loss": value} for value in kinds]) == {"loss": 0.5}
+    assert medians([{"right": value} for value in (np.int64(3), torch.tensor(3))]) == {"right": 3.0}
+    assert medians([{"done": value} for value in (np.True_, torch.tensor(data=True))]) == {"done": 1.0}
+    assert medians([{"loss": [np.float32(0.5), torch.tensor(2.0)]}]) == {"loss": [0.5, 2.0]}
+
+
+def test_what_is_no_figure_does_not_count() -> None:
+    trained = torch.tensor(1.0, requires_grad=True)
+    for odd in (np.str_("1"), np.datetime64(1, "s"), np.complex64(1), np.ones(1), [trained], 10**400):
+        assert medians([{"loss": odd}, {"loss": 0.5}, {"loss": 0.5}]) == {"loss": 0.5}
+        assert medians([{"loss": odd}]) == {}
+
+
+def test_names_that_are_not_text_do_not_count() -> None:
+    assert medians([{1: 0.5, "loss": 0.3, ("a",): 2.0, None: 1.0}]) == {"loss": 0.3}
 
 
 def test_the_same_client_counts_once() -> None:

@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
         f"{error}; NVFlare comes with: pip install 'fedrobust[nvflare]'", name=error.name
     ) from error
 
-from fedrobust.aggregate import LARGEST_NORM
+from fedrobust.aggregate import LARGEST_NORM, Aggregated
 from fedrobust.errors import InputError
 from fedrobust.integrations.defence import Defence, Offer, Round, Unreadable, medians
 from fedrobust.running import RunningAggregate
@@ -225,7 +225,8 @@ class RobustAggregator(ModelAggregator):
         floating = [leaf for leaf in tree.values() if leaf.is_floating_point()]
         if not sum(leaf.numel() for leaf in floating):
             return "holds no floating-point values"
-        largest = max(float(leaf.abs().max()) for leaf in floating if leaf.numel())
+        # By numpy: Python's own max loses a NaN that does not come first.
+        largest = float(np.max([float(leaf.abs().max()) for leaf in floating if leaf.numel()]))
         if not largest < LARGEST_NORM:
             return (
                 "holds values that are not finite"
@@ -265,12 +266,7 @@ class RobustAggregator(ModelAggregator):
             for site in other.running.clients if other is not arena else ():
                 intake.refused[str(site)] = "differs from most others in its arrays"
         try:
-            result = arena.running.result(
-                self.rule,
-                self.eps,
-                self.seed + number,
-                shares=self._defence.shares(arena.examples),
-            )
+            result = self._mean(arena, self.seed + number)
         except InputError as error:
             return replace(found, skipped=str(error)), None, False
         sites = [str(site) for site in arena.running.clients]
@@ -282,6 +278,23 @@ class RobustAggregator(ModelAggregator):
         found = replace(found, result=result.over(len(intake.clients), places, None, {}))
         found = self._defence.judge(found, (_array(leaf) for leaf in params.values()))
         return found, None if found.skipped else params, differences
+
+    def _mean(self, arena: _Arena, seed: int) -> Aggregated:
+        """The robust mean of an arena's updates.
+
+        Raises:
+            InputError: the rule does not allow for one.
+        """
+        n, refused = len(arena.examples), set[int]()
+        while True:
+            left = [row for row in range(n) if row not in refused]
+            shares = np.zeros(n)
+            shares[left] = self._defence.shares([arena.examples[row] for row in left])
+            found = arena.running.result(self.rule, self.eps, seed, shares=shares)
+            if self.max_share is None or found.refused.keys() == refused:
+                return found
+            # What was theirs would go to the others, above the most that one may have.
+            refused = set(found.refused)
 
     def _publish(self, found: Round) -> None:
         """For the operator: the log, the context, and a line in the run folder."""

@@ -166,6 +166,7 @@ def test_tensors_on_disk_are_read_one_update_at_a_time() -> None:
 
 MALFORMED: dict[str, tuple[Callable[[Params], Any], str]] = {
     "nan": (lambda a: {**a, "weight": a["weight"] * np.nan}, "not finite"),
+    "nan last": (lambda a: {**a, "scale": np.array(np.nan)}, "not finite"),
     "inf": (lambda a: {**a, "weight": np.full((3, 4), np.inf)}, "not finite"),
     "beyond float32": (lambda a: {**a, "weight": np.full((3, 4), 1e200)}, "not finite"),
     "beyond all bounds": (lambda a: {**a, "scale": np.array(1e200)}, "size 1e+200"),
@@ -252,6 +253,29 @@ def test_reported_steps_count_up_to_the_cap_only() -> None:
 
     assert weight() == pytest.approx(0.1, abs=1e-4)
     assert weight(max_share=0.2) == pytest.approx(0.2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"weight": np.ones(4), "scale": np.array(np.nan)}, "not finite"),
+        ({"weight": np.full(4, 9e59), "scale": np.array(1.0)}, "has norm"),  # no single value tells
+    ],
+    ids=["not finite", "too long"],
+)
+def test_who_is_refused_lifts_nobody_above_the_largest_share(lie: Params, reason: str) -> None:
+    def send(site: str) -> FLModel:
+        honest = {"weight": np.full(4, float(site == "site-4")), "scale": np.array(1.0)}
+        params, steps = (lie if site in SITES[:3] else honest), (1e12 if site in SITES[:4] else 10)
+        return result(site, params, steps=steps)
+
+    start = {"weight": np.zeros(4), "scale": np.array(0.0)}
+    found, aggregator = gathered(send, start, rule="mean", max_share=0.2)
+    (done,) = aggregator.rounds
+    assert set(done.refused) == set(SITES[:3])
+    assert all(reason in why for why in done.refused.values())
+    np.testing.assert_allclose(done.result.weights, [0, 0, 0, 0.2, *[0.8 / 6] * 6])
+    np.testing.assert_allclose(found.params["weight"], 0.2)
 
 
 def test_with_too_few_the_model_stays_as_it_is() -> None:

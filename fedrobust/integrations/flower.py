@@ -50,7 +50,7 @@ except ModuleNotFoundError as error:
 
 from fedrobust.integrations.defence import Client, Defence, Offer, Round, Unreadable, medians
 from fedrobust.rules import Aggregator, Rule
-from fedrobust.text import printable
+from fedrobust.text import finite, printable
 
 NDArray = np.ndarray[Any, Any]
 
@@ -239,7 +239,7 @@ class RobustFitStrategy(older.Strategy):
         for line in found.lines():
             _log.info("%s", line)
         own: dict[str, Scalar] = {
-            f"{PREFIX}{key}": json.dumps(figure) if isinstance(figure, list) else figure
+            f"{PREFIX}{key}": json.dumps(finite(figure)) if isinstance(figure, list) else figure
             for key, figure in found.figures().items()
         }
         results = _firsts(results, _sender)

@@ -44,7 +44,7 @@ from fedrobust.aggregate import LARGEST_NORM, Aggregated
 from fedrobust.errors import InputError
 from fedrobust.integrations.defence import Defence, Offer, Round, Unreadable, medians
 from fedrobust.running import RunningAggregate
-from fedrobust.text import brief, printable
+from fedrobust.text import brief, finite, printable
 from fedrobust.trees import Leaves, form_of, misfit, read_leaves
 
 REPORT = "fedrobust.jsonl"
@@ -308,7 +308,7 @@ class RobustAggregator(ModelAggregator):
             folder = Path(engine.get_workspace().get_run_dir(self.fl_ctx.get_job_id()))
             who = {"round": found.number, "clients": found.clients, "refusals": found.refused}
             with (folder / REPORT).open("a") as file:
-                file.write(json.dumps(who | found.figures()) + "\n")
+                file.write(json.dumps(finite(who | found.figures())) + "\n")
 
 
 # ---- sites ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
+from fedrobust.text import finite
 from fedrobust_server.aftermath import RoundReport
 from fedrobust_server.config import RunConfig
 
@@ -38,7 +39,7 @@ class Terminal:
                 "refused": over.refused,
                 "verdict": verdict,
             }
-            print(json.dumps(figures), flush=True)  # noqa: T201
+            print(json.dumps(finite(figures)), flush=True)  # noqa: T201
             return
         words = verdict if over.outcome == "aggregated" else f"skipped: {over.reason}"
         self.progress.start()
@@ -52,7 +53,7 @@ class Terminal:
         """The run is over."""
         self.progress.stop()
         if self.as_json:
-            print(json.dumps(dict(figures)), flush=True)  # noqa: T201
+            print(json.dumps(finite(figures)), flush=True)  # noqa: T201
             return
         for name, value in figures.items():
             shown = f"{value:.4g}" if isinstance(value, float) else "-" if value is None else value

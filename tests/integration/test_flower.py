@@ -530,4 +530,6 @@ def test_older_a_malformed_result_costs_its_client_the_turn(kind: str) -> None:
     )
     assert sum(weights.values()) == pytest.approx(1)
     assert (weights["0"], weights["1"]) == (0, 0)
+    scores = json.loads(told["fedrobust-scores"], parse_constant=pytest.fail)  # JSON has no Infinity
+    assert scores.count(None) == 2
     assert history.losses_distributed[-1] == (3, 0.25)

@@ -66,6 +66,28 @@ def context(model: Params | None = MODEL, number: int = 0) -> FLContext:
     return found
 
 
+class Engine:
+    """What the aggregator asks of NVFlare's: who takes part, and where the run's files go."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get_clients(self) -> list[Client]:
+        return [Client(site, "token") for site in SITES]
+
+    def get_workspace(self) -> Engine:
+        return self
+
+    def get_run_dir(self, _job: str) -> str:
+        return str(self._folder)
+
+    def fire_event(self, _event: str, _fl_ctx: FLContext) -> None:
+        pass
+
+    def put_into(self, fl_ctx: FLContext) -> None:
+        fl_ctx.set_prop(ReservedKey.ENGINE, self, private=True, sticky=False)
+
+
 def result(site: str, params: Any, kind: ParamsType = ParamsType.FULL, **more: Any) -> FLModel:
     meta = {"client_name": site, MetaKey.NUM_STEPS_CURRENT_ROUND: more.pop("steps", 10)}
     return FLModel(params_type=kind, params=params, meta=meta, **more)
@@ -302,6 +324,19 @@ def test_nothing_of_the_report_is_in_what_goes_to_the_sites() -> None:
     assert not told["sticky"]
 
 
+def test_the_report_is_lines_of_json(tmp_path: Path) -> None:
+    """Without Infinity, which JSON has not: the score of a site that was refused."""
+    aggregator = RobustAggregator("filter(eps=0.2)")
+    aggregator.fl_ctx = context()
+    Engine(tmp_path).put_into(aggregator.fl_ctx)
+    for site in SITES:
+        aggregator.accept_model(result(site, {} if site == "site-1" else trained(site)))
+    checked(aggregator.aggregate_model())
+    (line,) = (tmp_path / "fedrobust.jsonl").read_text().splitlines()
+    told = json.loads(line, parse_constant=pytest.fail)
+    assert (told["scores"][0], told["weights"][0], told["clients"]) == (None, 0, SITES)
+
+
 def test_settings_are_as_the_job_writes_them_down() -> None:
     """NVFlare reads them off the object, by the names of the arguments, and checks for plain values."""
     options = {"rule": "median", "eps": 0.1, "max_share": 0.2, "quorum": 0.7, "seed": 3}
@@ -331,23 +366,15 @@ def test_the_model_is_the_one_that_went_out() -> None:
     assert "lacks" in aggregator.rounds[0].refused["site-1"]
 
 
-def test_made_up_names_are_not_asked() -> None:
+def test_made_up_names_are_not_asked(tmp_path: Path) -> None:
     """A site that asks for its task again and again, each time as somebody else, moves no quorum."""
-
-    class Engine:
-        def get_clients(self) -> list[Client]:
-            return [Client(site, "token") for site in SITES]
-
-        def fire_event(self, *_: object) -> None:
-            pass
-
     aggregator, peer = RobustAggregator("filter(eps=0.2)"), FLContext()
     for name in [*SITES, *(f"ghost-{i}" for i in range(100)), ["site-1"], 10**5000]:
         peer.set_prop(ReservedKey.IDENTITY_NAME, name, private=False, sticky=False)
         fl_ctx = context()
-        fl_ctx.set_prop(AppConstants.TRAIN_SHAREABLE, Shareable(), private=True, sticky=False)
-        fl_ctx.set_prop(ReservedKey.ENGINE, Engine(), private=True, sticky=False)
         fl_ctx.set_peer_context(peer)
+        fl_ctx.set_prop(AppConstants.TRAIN_SHAREABLE, Shareable(), private=True, sticky=False)
+        Engine(tmp_path).put_into(fl_ctx)
         aggregator.handle_event(AppEventType.BEFORE_TRAIN_TASK, fl_ctx)
     aggregator.fl_ctx = context()
     for site in SITES[2:]:

@@ -12,15 +12,17 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from fedrobust_server import drawing, plots
+from fedrobust_server.aftermath import ClosedRound, RoundReport
 from fedrobust_server.config import RunConfig
 from fedrobust_server.ledger import Answer, Ledger
 from fedrobust_server.panels import panels
 from fedrobust_server.plots import Grid
 from fedrobust_server.report import write_comparison, write_report
+from fedrobust_server.terminal import terminal
 from matplotlib.figure import Figure
 
 from fedrobust import InputError
-from fedrobust.training import Task, client_name
+from fedrobust.training import Evaluation, Task, client_name
 
 HOSTILE = "<script>alert('1')</script>$\\frac{$\u202e\n\x07é"
 REASON = '<img src="//evil.example/x" onerror=alert(2)> & so on'
@@ -430,3 +432,16 @@ def test_largest_page(tmp_path: Path) -> None:
         )
     ledger.close()
     check(write_report(tmp_path / "run"))
+
+
+def test_a_model_that_diverges_leaves_json_lines_that_are_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    closed = ClosedRound(1, "aggregated", "", 3, 0, frozenset(), {}, None, {}, {}, 1.0, None)
+    with terminal(RunConfig(run="first"), as_json=True) as display:
+        display.show(RoundReport(closed, Evaluation(0.1, math.nan)))
+        display.summary({"run": "first", "loss": math.inf})
+    told = [
+        json.loads(line, parse_constant=pytest.fail) for line in capsys.readouterr().out.splitlines()
+    ]
+    assert [line["loss"] for line in told] == [None, None]

@@ -178,6 +178,7 @@ class RunningAggregate:
         if start == 0:
             self._inner[row] = self._inner[:, row] = 0.0
             self._arrived[row] = 0
+            self._counters[row] = self._counts
         if self._reference is not None:
             fresh = fresh - self._reference[start:stop]
         self._rows[row, start:stop] = fresh

@@ -149,6 +149,16 @@ def test_a_row_that_starts_anew_leaves_nothing_behind() -> None:
     np.testing.assert_allclose(running.result("krum", eps=0.1).scores, expected.scores)
 
 
+def test_a_row_that_starts_anew_leaves_no_counters_behind() -> None:
+    """A vector has none, so those of `like` count, as if the row had come in pieces from the start."""
+    like = {"w": np.zeros(3), "steps": np.array(7)}
+    running = RunningAggregate(1, like=like)
+    row = running.add({"w": np.ones(3), "steps": np.array(10**6)})
+    running.write(row, 0, np.full(3, 2.0))
+    found = running.result("mean").value
+    assert (found["w"].tolist(), int(found["steps"])) == ([2.0] * 3, 7)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +77,9 @@ def _read_binary(paths: list[Path], rows: npt.NDArray[np.integer] | None) -> tup
                 f"{path} is {batch.size} bytes long, no multiple of {_RECORD}; it is truncated or "
                 "damaged, fetch it again"
             )
+        _check_labels(path, batch[::_RECORD])
     records = np.concatenate(batches).reshape(-1, _RECORD)
+    _check_rows(paths[0].parent, rows, len(records))
     records = records if rows is None else records[rows]
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
@@ -87,14 +90,49 @@ def _read_jpeg(path: Path, part: str, rows: npt.NDArray[np.integer] | None) -> t
         from PIL import Image  # noqa: PLC0415 (only these files need it)
     except ImportError:
         raise InputError(f"{path} holds JPEG images, which Pillow reads: pip install pillow") from None
-    try:
-        with np.load(path) as file:
-            packed = file[f"{part}_jpeg"].tobytes()
-            offsets, labels = file[f"{part}_offsets"], file[f"{part}_labels"]
-        chosen = np.arange(len(labels)) if rows is None else rows
-        images = np.empty((len(chosen), 32, 32, 3), np.uint8)
-        for image, row in zip(images, chosen, strict=True):
-            image[:] = np.asarray(Image.open(io.BytesIO(packed[offsets[row] : offsets[row + 1]])))
-    except (OSError, EOFError, BadZipFile, KeyError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); fetch it again") from error
+    packed, offsets, labels = (_array(path, f"{part}_{name}") for name in ("jpeg", "offsets", "labels"))
+    _check_labels(path, labels)
+    if offsets.dtype.kind not in "iu" or offsets.shape != (len(labels) + 1,):
+        raise InputError(
+            f"{path} holds {part}_offsets of {offsets.dtype} {offsets.shape}, expected integers, one "
+            f"more than the {len(labels)} labels; fetch it again"
+        )
+    _check_rows(path, rows, len(labels))
+    chosen, content = np.arange(len(labels)) if rows is None else rows, packed.tobytes()
+    images = np.empty((len(chosen), 32, 32, 3), np.uint8)
+    for image, row in zip(images, chosen, strict=True):
+        try:
+            image[:] = np.asarray(Image.open(io.BytesIO(content[offsets[row] : offsets[row + 1]])))
+        except Exception as error:
+            raise InputError(
+                f"{path} holds no image {row} of 32 x 32 pixels ({error}); fetch it again"
+            ) from error
     return images, labels[chosen].astype(np.int64)
+
+
+def _array(path: Path, name: str) -> npt.NDArray[Any]:
+    """One array of an archive of numpy's. Whatever zip, zlib and numpy raise: it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            found: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read ({error}); fetch it again") from error
+    return found
+
+
+def _check_labels(path: Path, labels: npt.NDArray[Any]) -> None:
+    """Refuse what are no labels of ten classes."""
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) == 0:
+        raise InputError(
+            f"{path} holds labels of {labels.dtype} {labels.shape}, expected integers, one an image; "
+            "fetch it again"
+        )
+    strange = labels[(labels < 0) | (labels > 9)]
+    if len(strange):
+        raise InputError(f"{path} holds the label {strange[0]}, expected 0 .. 9; fetch it again")
+
+
+def _check_rows(path: Path, rows: npt.NDArray[np.integer] | None, count: int) -> None:
+    """Refuse to look for images that a file does not have."""
+    if rows is not None and len(rows) and rows.max() >= count:
+        raise InputError(f"{path} holds {count} images, no image {rows.max()}; fetch it again")

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +28,7 @@ from fedrobust.data import (
     parse_split,
     read_idx,
 )
-from fedrobust.data.cifar10 import BINARY_FILES
+from fedrobust.data.cifar10 import BINARY_FILES, load_cifar10
 from fedrobust.data.datasets import IDX_FILES
 from fedrobust.errors import InputError
 
@@ -224,6 +228,93 @@ def test_cifar10_is_read_from_its_published_batches(tmp_path: Path) -> None:
     green = records[11, 1 + 1024 + 32 * 5 + 7] / 255
     assert float(data.test_x[1, 1, 5, 7]) == pytest.approx((green - 0.4822) / 0.2435, abs=1e-5)
     assert data.train_x.is_contiguous()
+
+
+def test_cifar10_batches_must_have_ten_classes_and_the_images_asked_for(tmp_path: Path) -> None:
+    records = np.zeros((2, 3073), np.uint8)
+    records[1, 0] = 9
+    records.tofile(tmp_path / "test_batch.bin")
+    assert load_cifar10("test", tmp_path)[1].tolist() == [0, 9]
+    with pytest.raises(InputError, match="holds 2 images, no image 2; fetch it again"):
+        load_cifar10("test", tmp_path, np.array([0, 2]))
+    records[1, 0] = 10
+    records.tofile(tmp_path / "test_batch.bin")
+    with pytest.raises(InputError, match=r"test_batch\.bin holds the label 10, expected 0 \.\. 9"):
+        load_cifar10("test", tmp_path)
+
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def jpegs(labels: list[int]) -> Arrays:
+    """A pack of grey squares, which are to test on."""
+    image, buffer = pytest.importorskip("PIL.Image"), io.BytesIO()
+    image.new("RGB", (32, 32), (128, 128, 128)).save(buffer, "JPEG")
+    return {
+        "test_jpeg": np.frombuffer(buffer.getvalue() * len(labels), np.uint8),
+        "test_offsets": np.arange(len(labels) + 1) * len(buffer.getvalue()),
+        "test_labels": np.array(labels),
+    }
+
+
+def spoilt_archive(path: Path) -> None:
+    """A compressed member that cannot be unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("test_jpeg.npy").header_offset + 60
+    raw = bytearray(path.read_bytes())
+    raw[start : start + 40] = b"\xff" * 40
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda a: {**a, "test_offsets": a["test_offsets"][:-1]},
+            r"int64 \(2,\), expected integers, one",
+        ),
+        (lambda a: {**a, "test_offsets": a["test_offsets"] / 1}, r"test_offsets of float64 \(3,\)"),
+        (lambda a: {**a, "test_offsets": a["test_offsets"] + 10**9}, "holds no image 0 of 32 x 32"),
+        (lambda a: {**a, "test_jpeg": a["test_jpeg"][:-99]}, "holds no image 1 of 32 x 32"),
+        (lambda a: {**a, "test_labels": np.array([3, 10])}, r"holds the label 10, expected 0 \.\. 9"),
+        (lambda a: {**a, "test_labels": np.array([-1, 3])}, "holds the label -1"),
+        (lambda a: {**a, "test_labels": np.array([3.0, 4.0])}, r"labels of float64 \(2,\), expected"),
+        (lambda a: {**a, "test_labels": np.array(3)}, r"labels of int64 \(\)"),
+        (lambda a: {**a, "test_labels": np.zeros(0, int)}, r"labels of int64 \(0,\)"),
+        (lambda a: {**a, "test_labels": np.array([{}, {}])}, "cannot be read .*; fetch it again"),
+        (lambda a: {"test_labels": a["test_labels"]}, "cannot be read .*test_jpeg"),
+    ],
+)
+def test_a_spoilt_pack_of_jpegs_is_told_in_a_line(
+    tmp_path: Path, spoil: Callable[[Arrays], Arrays], message: str
+) -> None:
+    path, sound = tmp_path / "cifar10_jpeg.npz", jpegs([3, 7])
+    np.savez(path, **sound)
+    images, labels = load_cifar10("test", tmp_path)
+    assert (images.shape, labels.tolist()) == ((2, 32, 32, 3), [3, 7])
+    np.savez(path, **spoil(sound))
+    with pytest.raises(InputError, match=message) as caught:
+        load_cifar10("test", tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_archive_of_jpegs_is_told_in_a_line(tmp_path: Path) -> None:
+    path, sound = tmp_path / "cifar10_jpeg.npz", jpegs([3, 7])
+    np.savez_compressed(path, **sound)
+    with pytest.raises(InputError, match="holds 2 images, no image 2"):
+        load_cifar10("test", tmp_path, np.array([2]))
+    spoilt_archive(path)
+    with pytest.raises(InputError, match=r"cifar10_jpeg\.npz cannot be read .*; fetch it again"):
+        load_cifar10("test", tmp_path)
+    np.savez(path, **sound)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"cannot be read .*not a zip file"):
+        load_cifar10("test", tmp_path)
+    with path.open("wb") as file:
+        np.save(file, sound["test_jpeg"])  # one array, under the archive's name
+    with pytest.raises(InputError, match=r"cannot be read .*not a zip file"):
+        load_cifar10("test", tmp_path)
 
 
 splits = st.one_of(

@@ -256,10 +256,15 @@ def test_an_archive_that_is_another_is_not_unpacked(mirror: Mirror, tmp_path: Pa
 def test_cifar_as_jpeg_is_in_place_where_its_loader_can_read_it(tmp_path: Path) -> None:
     path = tmp_path / "cifar10" / "cifar10_jpeg.npz"
     path.parent.mkdir()
-    path.write_bytes(b"PK")
-    assert look(SOURCES["cifar10"], tmp_path) == State(
-        "cifar10", DAMAGED, str(path.parent), "cifar10_jpeg.npz"
-    )
+    one = io.BytesIO()
+    np.save(one, np.zeros(3))
+    few = io.BytesIO()
+    np.savez(few, train_jpeg=np.zeros(9, np.uint8), train_offsets=[0.0, 9.0], train_labels=[3])
+    for content in (b"PK", one.getvalue(), few.getvalue()):
+        path.write_bytes(content)
+        assert look(SOURCES["cifar10"], tmp_path) == State(
+            "cifar10", DAMAGED, str(path.parent), "cifar10_jpeg.npz"
+        )
 
 
 def test_the_table_of_sources_is_sound() -> None:

@@ -18,6 +18,7 @@ from fedrobust.errors import InputError
 from fedrobust.text import printable
 
 if TYPE_CHECKING:
+    from fedrobust_clients.malicious import Threat
     from fedrobust_clients.runtime import Runtime
     from fedrobust_proto.v1.federation_pb2 import Receipt
     from fedrobust_server.config import RunConfig
@@ -100,7 +101,7 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
     )
     client.add_argument("--attack", help="be malicious, and send this")
     client.add_argument(
-        "--malicious", type=int, default=1, help="size of the coalition: ids below it [1]"
+        "--malicious", type=int, help="with --attack: size of the coalition, ids below it [1]"
     )
     client.add_argument("--rule", help="the server's rule, for attacks that try their rows on it")
     client.add_argument("--eps", type=float, help="the malicious fraction that the server assumes")
@@ -330,25 +331,15 @@ async def _both(server: asyncio.Future[Any], clients: asyncio.Future[Any]) -> No
 def _client(options: argparse.Namespace) -> int:
     import torch
     from fedrobust_clients.credentials import Credentials
-    from fedrobust_clients.malicious import Malicious, Threat
+    from fedrobust_clients.malicious import Malicious
     from fedrobust_clients.remote import run
     from fedrobust_clients.runtime import Honest
     from fedrobust_proto.v1.federation_pb2 import Status
 
-    from fedrobust.attacks import parse_attack
     from fedrobust.data import load
-    from fedrobust.rules import parse_rule
     from fedrobust.training import Learner, Task, client_name
 
-    if options.attack:
-        parse_attack(options.attack)
-    if options.rule:
-        parse_rule(options.rule)
-    if options.attack and options.id >= options.malicious:
-        raise InputError(
-            f"client {options.id} is no member of a coalition of {options.malicious}: "
-            "its ids are those below --malicious"
-        )
+    threat = _threat(options)
     if options.id < 0:
         raise InputError(f"--id must be at least 0, got {options.id}")
     if not re.search(r":\d+$", options.server):
@@ -359,9 +350,8 @@ def _client(options: argparse.Namespace) -> int:
     def prepare(task: Task) -> Runtime:
         dataset = load(task.dataset, options.data_dir)
         honest = Honest(Learner(task, dataset, options.id))
-        if not options.attack:
+        if threat is None:
             return honest
-        threat = Threat(options.malicious, options.attack, options.rule, options.eps)
         return Malicious(honest, threat.coalition(task, dataset), options.id)
 
     def watch(number: int, receipt: Receipt) -> None:
@@ -386,3 +376,30 @@ def _client(options: argparse.Namespace) -> int:
     )
     asyncio.run(_interruptible(work))
     return 0
+
+
+def _threat(options: argparse.Namespace) -> Threat | None:
+    """The coalition that a client is a member of; None if it is honest."""
+    from fedrobust_clients.malicious import Threat
+
+    from fedrobust.attacks import parse_attack
+    from fedrobust.rules import parse_rule
+
+    if not options.attack:
+        idle = [name for name in ("malicious", "rule", "eps") if getattr(options, name) is not None]
+        if idle:
+            raise InputError(
+                f"--{', --'.join(idle)} without --attack: the client would be honest; give --attack, "
+                "or leave that out"
+            )
+        return None
+    parse_attack(options.attack)
+    if options.rule:
+        parse_rule(options.rule)
+    malicious = 1 if options.malicious is None else options.malicious
+    if options.id >= malicious:
+        raise InputError(
+            f"client {options.id} is no member of a coalition of {malicious}: "
+            "its ids are those below --malicious"
+        )
+    return Threat(malicious, options.attack, options.rule, options.eps)

@@ -161,7 +161,12 @@ def _plot(options: argparse.Namespace) -> int:
     from fedrobust.smoothing import common
 
     picture = options.to or Path("radii.png")
-    places = {"FOLDER": options.model, "--checkpoint": options.checkpoint}
+    places = {
+        "FOLDER": options.model,
+        "--checkpoint": options.checkpoint,
+        "--data-dir": options.data_dir,
+        "--ray-address": options.ray_address,
+    }
     idle = [name for name, value in places.items() if value is not None]
     idle += [f"--{name}" for name in given_fields(options, Plan)]
     if idle:

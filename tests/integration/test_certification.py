@@ -269,6 +269,8 @@ def test_grids_certify_their_models(tmp_path: Path) -> None:
         ),
         (["certify", "--sigma", "1", "--plot", "none.tsv"], "as they are: leave out --sigma"),
         (["certify", "--n0", "9", "--checkpoint", "x", "--plot", "y"], "leave out --checkpoint, --n0"),
+        (["certify", "--data-dir", "x", "--plot", "y"], "leave out --data-dir"),
+        (["certify", "--ray-address", "x", "--plot", "y"], "leave out --ray-address"),
         (
             ["certify", "--plot", "none.tsv", "--to", "r.pdf"],
             "r.pdf: the picture is a PNG; name it r.png",

@@ -38,6 +38,8 @@ BAD = {
     "client --server 127.0.0.1:1": ("--id",),
     "client --server 127.0.0.1:1 --id -1": ("-1",),
     "client --server 127.0.0.1:1 --id 3 --attack ipm --malicious 2": ("3", "coalition of 2"),
+    "client --server 127.0.0.1:1 --id 0 --malicious 2": ("--malicious without --attack",),
+    "client --server 127.0.0.1:1 --id 0 --rule krum --eps 0.1": ("--rule, --eps without --attack",),
     "redteam krumm": ("'krumm'", "did you mean krum?", "multi_krum"),
     "redteam nnm": ("nnm only mixes",),
     "redteam krum --all": ("--all",),

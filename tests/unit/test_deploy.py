@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -256,6 +257,16 @@ def test_the_image_is_not_root_and_copies_what_exists() -> None:
     for source in " ".join(copied).split():
         assert (ROOT / source).exists()
         assert f"!{source}" in ignored
+
+
+def test_every_package_is_in_the_image() -> None:
+    """One that is left out would be missed only by the commands that import it, in a traceback."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {
+        Path(p).parts[0] for p in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    }
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert folders <= set(re.findall(r"^COPY (\w+) \1$", text, re.MULTILINE))
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="there is no shell")

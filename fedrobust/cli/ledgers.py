@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrobust.cli.parsing import complain
+from fedrobust.text import finite
 
 _LEDGER = """\
 examples, while the server runs or afterwards:
@@ -89,7 +90,7 @@ def _ledger_show(options: argparse.Namespace) -> int:
     with audit.reading(_run_folder(options)) as db:
         if options.client is not None:
             found = dossier(db, options.client)
-            print(json.dumps(found) if options.json else described(found))  # noqa: T201
+            print(json.dumps(finite(found)) if options.json else described(found))  # noqa: T201
             return 0
         if options.clients:
             rows, columns = audit.clients(db), CLIENT_COLUMNS

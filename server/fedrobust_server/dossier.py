@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrobust import InputError
+from fedrobust.text import finite
 from fedrobust_server import suspicion
 from fedrobust_server.audit import has_quarantine, require_client, times
 
@@ -116,7 +117,7 @@ def export(db: sqlite3.Connection, client: str, path: Path) -> int:
         rows = [{"kind": "client", **found}]
         for kind, part in (("answer", answers), ("change", changes), ("decision", decisions)):
             rows += [{"kind": kind, **row} for row in part]
-        _write(path, (json.dumps(row) + "\n" for row in rows))
+        _write(path, (json.dumps(finite(row)) + "\n" for row in rows))
     elif path.suffix == ".csv":
         names = ["client", *(answers[0] if answers else ())]
         _write(path, _csv([names, *([client, *row.values()] for row in answers)]))

@@ -91,6 +91,19 @@ def test_show_lists_rounds(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert lines(capsys, "show", "first", "--runs-dir", run.parent)[0] == header
 
 
+def test_json_lines_hold_no_infinity(
+    run: Path, connection: sqlite3.Connection, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A score may be infinite, and the ledger keeps it so; JSON does not know it."""
+    connection.execute("UPDATE answers SET score = 9e999")
+    to = tmp_path / "a.jsonl"
+    lines(capsys, "export", run, "--client", "a", "--to", to)
+    told = lines(capsys, "show", run, "--client", "a", "--json")
+    for line in [*told, *to.read_text().splitlines()]:
+        json.loads(line, parse_constant=pytest.fail)
+    assert json.loads(told[0])["answers"][0]["score"] is None
+
+
 def test_show_lists_clients_by_suspicion(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, first, *rest = lines(capsys, "show", run, "--clients")
     assert first.split() == ["a", "excluded", "26", "3", "1", "5", "1"]

@@ -82,9 +82,13 @@ def test_of_a_linear_classifier_the_radius_is_at_most_its_distance(
     # An image that is so many sigma from the boundary, on the side of class 1.
     image = distances * sigma * weights / weights.norm()
     classifier = SmoothedClassifier(linear(weights), sigma, 2, batch=2000)
-    found = classifier.certify(image[None], n=50_000, alpha=1e-6, seed=seed)
+    n, alpha = 50_000, 1e-6
+    found = classifier.certify(image[None], n=n, alpha=alpha, seed=seed)
     assert found.label[0] == 1
-    assert distances * sigma - 0.12 * sigma < found.radius[0] <= distances * sigma
+    fewest = np.array([binom.ppf(1e-9, n, ndtr(distances))])
+    least = bounds.radius(bounds.lower_bound(fewest, n, alpha), sigma)[0]
+    assert least <= found.radius[0] <= distances * sigma
+    assert least > (distances - 0.25) * sigma  # or this would say little
 
 
 def test_of_a_linear_classifier_the_radius_comes_within_two_percent() -> None:

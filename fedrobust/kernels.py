@@ -221,7 +221,7 @@ def cross(block: Block, fresh: Block) -> Matrix:
             found[exact] = part[exact].double() @ new.double().T
         return found
 
-    width = max(_LONG_SUM, _CUT_FROM // max(fresh.n, 1))
+    width = max(_LONG_SUM, _CUT_FROM // fresh.n)
     if block.copies or fresh.copies:
         width = min(_LONG_SUM, _width(block), _width(fresh))
     return _total((block, fresh), multiply, width)

@@ -58,7 +58,8 @@ def begun(path: Path, version: str) -> dict[str, Trial]:
     """
     if not path.exists():
         return {}
-    *whole, cut = path.read_bytes().split(b"\n")
+    data = path.read_bytes()
+    *whole, cut = data.split(b"\n")
     try:
         trials = [Trial(**json.loads(line)) for line in whole]
     except (ValueError, TypeError) as error:
@@ -71,7 +72,8 @@ def begun(path: Path, version: str) -> dict[str, Trial]:
             f"{path} holds trials of fedrobust {versions}, and this is {version}: "
             "move the folder away, or give another one with --to"
         )
-    os.truncate(path, path.stat().st_size - len(cut))  # what is whole is not written again
+    if cut:
+        os.truncate(path, len(data) - len(cut))  # what is whole is not written again
     return {trial.key: trial for trial in trials}
 
 

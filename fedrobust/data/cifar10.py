@@ -103,7 +103,7 @@ def _read_jpeg(path: Path, part: str, rows: npt.NDArray[np.integer] | None) -> t
     for image, row in zip(images, chosen, strict=True):
         try:
             image[:] = np.asarray(Image.open(io.BytesIO(content[offsets[row] : offsets[row + 1]])))
-        except Exception as error:
+        except Exception as error:  # Pillow's decoders raise whatever they stumble on
             raise InputError(
                 f"{path} holds no image {row} of 32 x 32 pixels ({error}); fetch it again"
             ) from error

@@ -14,6 +14,9 @@ from fedrobust_server.schedule import NONE
 from fedrobust.trials import Summary, Trial, summary
 from fedrobust_laboratory.grid import AXES, NO_ATTACK
 
+REFUSED = "refused"
+"""In the place of figures: why a run cannot be."""
+
 Cells = Mapping[str, Mapping[str, Summary]]
 """By rule, then by attack."""
 

@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from fedrobust.trials import Summary, Trial, summary
 from fedrobust.trials import table as markdown
-from fedrobust_laboratory.findings import Arena, arenas, ranked
+from fedrobust_laboratory.findings import REFUSED, Arena, arenas, ranked
 from fedrobust_laboratory.grid import Grid
 from fedrobust_laboratory.radii import FINER, radii_panels
 
@@ -241,8 +241,8 @@ def _matches(trial: Trial, keys: Mapping[str, Any]) -> bool:
 def _refused(trials: Sequence[Trial]) -> Table:
     reasons: dict[tuple[str, str], int] = {}
     for trial in trials:
-        if "refused" in trial.figures:
-            key = trial.setting["rule"], str(trial.figures["refused"])
+        if REFUSED in trial.figures:
+            key = trial.setting["rule"], str(trial.figures[REFUSED])
             reasons[key] = reasons.get(key, 0) + 1
     rows = [[f"`{rule}`", reason, str(count)] for (rule, reason), count in reasons.items()]
     return Table("Runs that could not be", "And why.", ["rule", "reason", "runs"], rows)

@@ -20,12 +20,11 @@ from fedrobust import InputError, __version__
 from fedrobust.data import load
 from fedrobust.trials import Setting, Trial, begun
 from fedrobust_laboratory.certification import parse_plan
+from fedrobust_laboratory.findings import REFUSED
 from fedrobust_laboratory.grid import AXES, Grid, configuration
 from fedrobust_laboratory.measure import measure
 
 TRIALS = "trials.jsonl"
-REFUSED = "refused"
-"""In the place of figures: why a run cannot be."""
 CURVES = ("curve", "certified")
 """Figures that are not one number."""
 _load = cache(load)

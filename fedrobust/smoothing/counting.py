@@ -18,8 +18,12 @@ Labels = npt.NDArray[np.int64]
 Classify = Callable[[Tensor], Tensor]
 """(n, *shape) float32 images -> (n,) int64 classes."""
 _CHOICE, _ESTIMATE = 0, 1  # streams of noise: what bounds a class's probability did not choose the class
+_BATCHES = 16
+"""After so many of them classes are counted: that takes a twentieth of the time of a small one."""
 _LARGEST = 8192
 """No batch is larger than this; we know of no device on which one would be faster."""
+_TRIAL = 0.03
+"""Seconds that a size is tried for at least, each time: shorter ones are a matter of luck."""
 
 
 class Counter:
@@ -76,19 +80,24 @@ class Counter:
 
     @torch.inference_mode()
     def _count(self, sources: Sequence[Source], n: int) -> Counts:
-        device = self._buffer.device
+        device, batch = self._buffer.device, len(self._buffer)
         counts = torch.zeros(len(sources) * self._classes, dtype=torch.int64, device=device)
         plan = _blocks(len(sources), n)
-        while part := list(islice(plan, len(self._buffer))):
-            copies = self._buffer[: len(part)]
-            for (row, _), block in zip(part, copies, strict=True):
-                sources[row].fill(block)
-            rows, sizes = torch.tensor(part, device=device).T
-            found = self._classify(copies.flatten(0, 1)).view(len(part), BLOCK)
-            found = found + self._classes * rows[:, None]
+        while group := list(islice(plan, _BATCHES * batch)):
+            parts = [group[start : start + batch] for start in range(0, len(group), batch)]
+            found = torch.cat([self._labels(sources, part) for part in parts])
+            rows, sizes = torch.tensor(group, device=device).T
+            found = found.view(len(group), BLOCK) + self._classes * rows[:, None]
             asked = torch.arange(BLOCK, device=device) < sizes[:, None]
             counts += torch.bincount(found[asked], minlength=len(counts))
         return counts.view(-1, self._classes).cpu().numpy()
+
+    def _labels(self, sources: Sequence[Source], part: Sequence[tuple[int, int]]) -> Tensor:
+        """(BLOCK * blocks,) int64: the classes of the next block of copies of each of those images."""
+        copies = self._buffer[: len(part)]
+        for (row, _), block in zip(part, copies, strict=True):
+            sources[row].fill(block)
+        return self._classify(copies.flatten(0, 1))
 
 
 def _blocks(images: int, n: int) -> Iterator[tuple[int, int]]:
@@ -106,8 +115,9 @@ def fastest_batch(classify: Classify, image: Tensor) -> int:
     """How many copies of an image go through a model at the highest rate, a multiple of `BLOCK`.
 
     Found by trial: on a CPU a batch that leaves its cache is slower by half or more, on a GPU a small
-    one leaves it idle. What else the machine is doing is not to decide: sizes are tried in turns, the
-    best try of each counts, and on a CPU the time that this thread has had of it.
+    one leaves it idle. What else the machine is doing is not to decide: sizes that come into question
+    are tried in turns, each for as long, the best try of each counts, and on a CPU the time that this
+    thread has had of it.
     """
     rates: dict[int, float] = {}
     size = best = BLOCK
@@ -122,16 +132,19 @@ def fastest_batch(classify: Classify, image: Tensor) -> int:
         if rates[size] < 0.7 * rates[best]:
             break
         size *= 2
-    for size in 2 * list(rates):
-        rates[size] = max(rates[size], _rate(classify, image, size))
-    enough = max(rates.values()) / 1.03  # of two that are as fast, the one that takes less memory
-    return min(size for size, rate in rates.items() if rate >= enough)
+    tries = [[_rate(classify, image, size, _TRIAL) for size in rates] for _ in range(3)]
+    found = dict(zip(rates, map(max, *tries), strict=True))
+    enough = max(found.values()) / 1.03  # of two that are as fast, the one that takes less memory
+    return min(size for size, rate in found.items() if rate >= enough)
 
 
 @torch.inference_mode()
-def _rate(classify: Classify, image: Tensor, size: int) -> float:
+def _rate(classify: Classify, image: Tensor, size: int, seconds: float = 0.0) -> float:
+    """Copies a second in batches of a size: one batch, or as many as take so long."""
     images = image.expand(size, *image.shape).contiguous()
     clock = time.thread_time if image.device.type == "cpu" else time.perf_counter
-    began = clock()
-    classify(images)[0].item()  # waits for the device
-    return size / max(clock() - began, 1e-9)
+    began, copies, spent = clock(), 0, 0.0
+    while not copies or spent < seconds:
+        classify(images)[0].item()  # waits for the device
+        copies, spent = copies + size, clock() - began
+    return copies / max(spent, 1e-9)

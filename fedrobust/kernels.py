@@ -107,8 +107,15 @@ class Block:
     @property
     def copies(self) -> bool:
         """Whether a tile is a copy rather than a view of the rows."""
-        plain = isinstance(self.rows, Tensor) and self.dtype in (torch.float32, torch.float64)
+        plain = self._table is not None and self.dtype in (torch.float32, torch.float64)
         return not plain or self.reference is not None
+
+    @property
+    def _table(self) -> Tensor | None:
+        """The rows as one tensor, where they are one or can be without copying them."""
+        if isinstance(self.rows, Tensor):
+            return self.rows
+        return self.rows[0][None] if self.n == 1 else None
 
     def select(self, keep: Sequence[int]) -> Block:
         """The same coordinates of some rows, without copying them."""
@@ -131,8 +138,9 @@ class Block:
         into = None
         if room is not None:
             into = room[: self.n * (columns.stop - columns.start)].view(self.n, -1)
-        if isinstance(self.rows, Tensor):
-            part = self.rows[:, columns]
+        table = self._table
+        if table is not None:
+            part = table[:, columns]
         else:
             part = torch.stack([row[columns] for row in self.rows], out=into)
         part = part if part.dtype == torch.float64 else part.float()
@@ -161,7 +169,8 @@ def squared_norms(block: Block) -> Vector:
         squares = _squares(part)
         wild = _wild(squares)
         if len(wild):
-            squares[wild] = torch.linalg.vector_norm(part[wild].double(), dim=1).square()
+            rows = part.index_select(0, wild).double()
+            squares[wild] = torch.linalg.vector_norm(rows, dim=1).square()
         return squares
 
     return _total((block,), measure, _in_pieces(block))
@@ -218,7 +227,7 @@ def cross(block: Block, fresh: Block) -> Matrix:
         finite = torch.isfinite(found[:, sound]).all(dim=1)
         if not finite.all():  # rows that came earlier are wild
             exact = torch.nonzero(~finite).flatten()
-            found[exact] = part[exact].double() @ new.double().T
+            found[exact] = part.index_select(0, exact).double() @ new.double().T
         return found
 
     width = max(_LONG_SUM, _CUT_FROM // fresh.n)
@@ -263,7 +272,8 @@ def products(block: Block, vectors: Matrix, norms: Vector) -> Matrix:
         if not len(extreme):
             along = _mixed(part, columns.T) if row is None else part[row : row + 1] * columns[row]
             return _against(part, along).double()
-        near = (part[extreme].double() * shrink).to(part.dtype)  # a factor of 1e-60 is no float32
+        near = part.index_select(0, extreme).double() * shrink  # a factor of 1e-60 is no float32
+        near = near.to(part.dtype)
         tame = columns.index_fill(0, extreme, 0.0)
         along = _mixed(part, tame.T) + columns[extreme].T @ near
         found = _against(part, along).double()
@@ -420,9 +430,11 @@ def _mended(found: Tensor, part: Tensor, wild: Tensor) -> Tensor:
         lengths, others = among.diagonal().sqrt(), found.diagonal()[ordinary].sqrt()
         far = (lengths * others.max() > 2.0**120) | (lengths * others.min() < 2.0**-100)
         if far.any():
-            beside = (rows[far] @ part.T)[:, ordinary].double() * back[far]
-            found[wild[far][:, None], ordinary] = beside
-            found[ordinary[:, None], wild[far]] = beside.T
+            if not far.all():
+                wild, rows, back = wild[far], rows[far], back[far]
+            beside = (rows @ part.T)[:, ordinary].double() * back
+            found[wild[:, None], ordinary] = beside
+            found[ordinary[:, None], wild] = beside.T
     return found
 
 
@@ -431,7 +443,7 @@ def _near_one(part: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Their largest values are then near 1.
     """
-    rows = part[chosen]
+    rows = part.index_select(0, chosen)  # five times as fast as brackets are
     if not rows.shape[1]:  # a tensor without values
         chosen, rows = chosen[:0], rows[:0]
         return chosen, rows, rows.new_ones(0, 1, dtype=torch.float64)

@@ -156,6 +156,11 @@ def test_no_constant_rows_are_off_by_more(n: int) -> None:
         assert np.abs(found / (exact @ vectors) - 1).max() < kernels.MULTIPLIED
 
 
+def test_a_row_that_stands_alone_is_not_copied() -> None:
+    row = torch.arange(5.0)
+    assert Block((row,)).tile(slice(1, 4)).data_ptr() == row[1:].data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     "extreme", [[1e30, 1e30], [1e-30, 1e-30], [1e30, 1e-30], [1e-20, 1e19], [3e38, 1e-38]]

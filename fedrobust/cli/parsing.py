@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -49,9 +50,10 @@ def attribute_docs(cls: type) -> dict[str, str]:
     """The `Attributes:` of a Google-style docstring."""
     docs: dict[str, str] = {}
     last = ""
-    for line in (cls.__doc__ or "").partition("Attributes:")[2].splitlines():
+    # From Python 3.13 on a docstring comes without its indentation.
+    for line in inspect.cleandoc(cls.__doc__ or "").partition("Attributes:")[2].splitlines():
         name, colon, text = line.strip().partition(": ")
-        if colon and name.isidentifier() and len(line) - len(line.lstrip()) == 8:
+        if colon and name.isidentifier() and len(line) - len(line.lstrip()) == 4:
             docs[name], last = text.rstrip("."), name
         elif last and line.strip():
             docs[last] = f"{docs[last]} {line.strip().rstrip('.')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import socket
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fedrobust_server.runs import RunFolder
 
 from fedrobust import InputError
 from fedrobust.cli import main
+from fedrobust.cli.parsing import attribute_docs
 
 BAD = {
     "simulate --rule filtr": ("'filtr'", "did you mean filter?", "multi_krum"),
@@ -177,3 +179,22 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
         main([*command.split(), "--help"])
     text = capsys.readouterr().out
     assert ("example" in text) == bool(command)
+
+
+def test_the_texts_of_options_are_found_with_and_without_indentation() -> None:
+    """Python 3.13 takes the indentation of a docstring away, earlier ones leave it."""
+
+    class Indented:
+        """A box.
+
+        Attributes:
+            width: in metres.
+            height: in metres,
+                at least 1.
+        """
+
+    class Plain:
+        __doc__ = inspect.cleandoc(Indented.__doc__ or "")
+
+    found = {"width": "in metres", "height": "in metres, at least 1"}
+    assert attribute_docs(Indented) == attribute_docs(Plain) == found

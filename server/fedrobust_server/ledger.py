@@ -124,12 +124,10 @@ class Ledger:
         """
         self._db = sqlite3.connect(path, check_same_thread=False)
         try:
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            empty = not self._db.execute("SELECT 1 FROM sqlite_master").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise InputError(f"{path} is not a ledger: {error}") from None
-        if not empty and version != VERSION:
-            raise InputError(f"{path} is a ledger of version {version}; this program needs {VERSION}")
+            empty = _is_empty(self._db, path)
+        except InputError:
+            self._db.close()
+            raise
         self._refused: dict[tuple[str, str], list[int]] = {}  # their rows, since the last round began
         self._db.row_factory = sqlite3.Row
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -312,3 +310,15 @@ class Ledger:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _is_empty(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether a ledger is still to be made there. Raises `InputError`: something else is there."""
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        empty = not db.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{path} is not a ledger: {error}") from None
+    if not empty and version != VERSION:
+        raise InputError(f"{path} is a ledger of version {version}; this program needs {VERSION}")
+    return empty

@@ -25,6 +25,7 @@ from fedrobust_server.audit import decide
 from fedrobust_server.config import RunConfig
 from fedrobust_server.coordinator import Coordinator, Root
 from fedrobust_server.gateways import _Link
+from fedrobust_server.ledger import Ledger
 from fedrobust_server.metrics import Metrics
 from fedrobust_server.outpost import Outpost
 from fedrobust_server.quarantine import Ban, Release
@@ -113,9 +114,18 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     async def watch() -> None:
         await asyncio.Event().wait()
 
+    opened, ledger = list[Ledger](), RunFolder.ledger
+
+    def open_ledger(folder: RunFolder) -> Ledger:
+        opened.append(ledger(folder))
+        return opened[-1]
+
     monkeypatch.setattr(lifeline, "watch", watch)
+    monkeypatch.setattr(RunFolder, "ledger", open_ledger)
     yield
     torch.set_flush_denormal(False)
+    for one in opened:
+        one.close()
 
 
 def coordinator(

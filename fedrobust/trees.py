@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -231,8 +232,12 @@ def as_tensor(leaf: object, path: Path = ()) -> Tensor:
     """
     where = f" at {_show(path)!r}" if path else ""
     if isinstance(leaf, Tensor):
-        if leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized or leaf.is_complex():
-            raise InputError(f"holds a {leaf.layout} tensor of {leaf.dtype}{where}, not a numeric array")
+        plain = leaf.layout == torch.strided and not (
+            leaf.is_nested or leaf.is_meta or leaf.is_quantized
+        )
+        if not plain or not _is_numeric(leaf.dtype):
+            kind = "nested" if leaf.is_nested else leaf.layout
+            raise InputError(f"holds a {kind} tensor of {leaf.dtype}{where}, not a numeric array")
         return leaf.detach()
     array = np.asarray(leaf)
     if array.dtype.kind not in "fiub":
@@ -240,6 +245,15 @@ def as_tensor(leaf: object, path: Path = ()) -> Tensor:
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)  # torch knows no longer floats
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+
+
+@lru_cache
+def _is_numeric(dtype: torch.dtype) -> bool:
+    """Whether there are numbers of this dtype, and not two packed into one, or no way to read them."""
+    try:
+        return not dtype.is_complex and torch.zeros(1, dtype=dtype).double().item() == 0
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 def _look(tree: Tree) -> Hashable:

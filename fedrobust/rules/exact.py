@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LARGEST = 1e300
+
 
 def refusal(n: int, f: int, cost: float, unit: str, rate: float, budget: float) -> str:
     """Why a rule does not start a search whose worst case is beyond its budget.
@@ -14,6 +16,9 @@ def refusal(n: int, f: int, cost: float, unit: str, rate: float, budget: float) 
         rate: how many of them a second take, roughly.
         budget: the most that the rule would look at.
     """
+    if cost > _LARGEST:  # whole numbers have no largest one, and are compared before they are rounded
+        most = f"more than {_LARGEST:.0e} {unit}"
+        return f"{n} clients with f = {f} may take {most}; the budget is {budget:.2g}"
     return (
         f"{n} clients with f = {f} may take {cost:.2g} {unit}, some {_duration(cost / rate)} at "
         f"{rate:.0e} a second; the budget is {budget:.2g}"

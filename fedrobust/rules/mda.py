@@ -53,7 +53,7 @@ class MDA(Weighting):
         """Choose n - f rows."""
         n, f = gram.n, gram.f
         require_majority(self, n, f)
-        nodes = 1.4656**f * (n - f) * 2 * math.log2(n + 1)
+        nodes = 1.4656 ** min(f, 1800) * (n - f) * 2 * math.log2(n + 1)
         within = f == 0 or nodes <= self.budget
         self.require(within, refusal(n, f, nodes, "nodes of search", _RATE, self.budget))
         kept = _closest(gram.squared_distances, f)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -38,6 +39,11 @@ def cyclic() -> list[Any]:
     return tree
 
 
+def ragged() -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # its form may change
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
 MALFORMED: dict[str, tuple[Any, str]] = {
     "lacks a key": ({"w": vector().reshape(2, 2), "b": np.float32(0)}, "lacks 'seen'"),
     "extra key": ({**update(), "x": vector()}, "holds 'x', which the others do not"),
@@ -53,6 +59,14 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "dates": ({**update(), "w": np.zeros((2, 2), "M8[s]")}, "at 'w', not a numeric array"),
     "sparse": ({**update(), "w": torch.eye(2).to_sparse()}, "at 'w'"),
     "no data": ({**update(), "w": torch.zeros(2, 2, device="meta")}, "at 'w'"),
+    "nested tensor": (
+        {**update(), "w": ragged()},
+        "holds a nested tensor of torch.float32 at 'w'",
+    ),
+    "two numbers in a byte": (
+        {**update(), "w": torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)},
+        "float4_e2m1fn_x2 at 'w', not a numeric array",
+    ),
     "array": (vector(), "lacks"),
     "list": ([vector()], "lacks"),
     "empty": ({}, "lacks"),

@@ -10,6 +10,7 @@ may lie in one process (`LocalRows`) or in shards of a cluster: anything that is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -212,7 +213,9 @@ def aggregate(  # noqa: PLR0913 (the front door)
     gram = replace(gram, width=rows.width)
     result = combine(rows, aggregator, gram, eps, certified=certified)
     counters = [lower_median([leaf[i] for i in finite]) for leaf in table.counters]
-    value = rebuild(table.like, result.value, counters)
+    leaves = [leaf.to(block.dtype) for leaf, block in zip(result.value, rows.blocks, strict=True)]
+    value = rebuild(table.like, leaves, counters)
+    result = replace(result, certificate=of_rounded(result.certificate, result.value, leaves))
     return result.over(n, kept, value, dict(sorted(refused.items())))
 
 
@@ -345,10 +348,21 @@ def combine(
             if certified:
                 certificate, kept = certify(gram, decision.mixings)
                 if verdict is Verdict.NOT_JUDGED:
-                    gone = int(np.count_nonzero(gram.shares) - np.count_nonzero(weights))
-                    verdict = judge(gram, kept, gone)
+                    verdict = judge(gram, weights, kept)
     value = rows.map(partial(kernels.mix_and_reduce, matrix=decision.matrix, reducer=decision.reducer))
     return Aggregated(value, weights, decision.scores, verdict, certificate, decision.notes)
+
+
+def of_rounded(
+    certificate: Certificate | None, exact: Sequence[Tensor], value: Sequence[Tensor]
+) -> Certificate | None:
+    """The certificate of a value whose leaves are less exact than those that were worked out."""
+    moved = [
+        float(torch.linalg.vector_norm((rounded.to(leaf) - leaf).double()))
+        for leaf, rounded in zip(exact, value, strict=True)
+        if rounded.dtype != leaf.dtype
+    ]
+    return replace(certificate, rounding=math.hypot(*moved)) if certificate and moved else certificate
 
 
 def _check_anchors(rows: LocalRows, names: tuple[str, ...]) -> None:

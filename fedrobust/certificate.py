@@ -38,12 +38,15 @@ class Certificate:
         honest_spread: the most that the honest clients' own spread can be, judged from the raw round
             alone; loose under a loud attack.
         eps: the malicious mass that the bound is for.
+        rounding: how far the value is from what was worked out, at most: updates of less than float32
+            are aggregated in float32, and the value is rounded to their form.
     """
 
     variation: float
     spread: float
     honest_spread: float
     eps: float
+    rounding: float = 0.0
 
     def bound(self, sigma: float | None = None) -> float:
         """The largest possible distance, in the updates' own units; infinite where t* reaches 1.
@@ -55,7 +58,7 @@ class Certificate:
         if self.variation >= 1.0:
             return math.inf
         factor = math.sqrt(self.variation / (1.0 - self.variation))
-        return factor * (self.spread + (self.honest_spread if sigma is None else sigma))
+        return factor * (self.spread + (self.honest_spread if sigma is None else sigma)) + self.rounding
 
 
 def certify(gram: Gram, mixings: Sequence[Matrix]) -> tuple[Certificate, Vector]:

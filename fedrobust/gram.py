@@ -101,6 +101,11 @@ class Gram:
         """The most rows that can be malicious: floor(eps n) when shares are uniform."""
         return most_malicious(self.shares, self.eps)
 
+    @property
+    def f_with_share(self) -> int:
+        """The most rows that have a share and can be malicious: where rows count by their shares."""
+        return most_malicious(self.shares[self.shares > 0], self.eps)
+
     def product(self, times: int) -> Product:
         """(n, k) V -> (n, k) G V, by the cheapest way to so many products of one vector each.
 

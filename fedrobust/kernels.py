@@ -313,7 +313,7 @@ def sign_counts(block: Block, matrix: Matrix | None) -> Matrix:
 
 
 def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None) -> Tensor:
-    """Mix the rows, then reduce every coordinate: reduce(W X), shape (c,), the rows' dtype.
+    """Mix the rows, then reduce every coordinate: reduce(W X), shape (c,).
 
     Args:
         block: finite rows.
@@ -321,6 +321,9 @@ def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None)
             is weight on the reference.
         reducer: k values of a coordinate, measured from the reference, to one; None where k = 1
             and there is nothing to reduce.
+
+    Returns:
+        (c,) float64 of float64 rows, float32 of others.
     """
     if matrix is not None:
         used = np.flatnonzero(matrix.any(axis=0))
@@ -329,7 +332,8 @@ def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None)
     own = None if matrix is None else stretches(matrix)
     mixing = matrix if own is None else own[:, None]
     weights = None if mixing is None else torch.from_numpy(mixing).to(block.device)
-    result = torch.empty(block.width, dtype=block.dtype, device=block.device)
+    dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+    result = torch.empty(block.width, dtype=dtype, device=block.device)
 
     def work(columns: slice) -> None:
         part = block.tile(columns)

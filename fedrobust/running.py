@@ -24,6 +24,7 @@ from fedrobust.aggregate import (
     gram_of,
     lower_median,
     masses,
+    of_rounded,
     unsound,
 )
 from fedrobust.errors import InputError
@@ -282,11 +283,11 @@ class RunningAggregate:
         (value,) = result.value
         value = value if self._reference is None else value + self._reference
         leaves, counts = fit(self._like, self._like)
-        parts = [
-            part.to(leaf) for part, leaf in zip(torch.split(value, self._widths), leaves, strict=True)
-        ]
+        exact = torch.split(value, self._widths)
+        parts = [part.to(leaf) for part, leaf in zip(exact, leaves, strict=True)]
         counters = [lower_median([self._counters[row][i] for row in kept]) for i in range(len(counts))]
         whole = rebuild(self._like, parts, counters)
+        result = replace(result, certificate=of_rounded(result.certificate, exact, parts))
         return result.over(n, kept, whole, dict(sorted(refused.items())))
 
     def _own(self, name: str, tree: Tree) -> Tensor:

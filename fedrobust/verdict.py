@@ -25,7 +25,7 @@ class Verdict(StrEnum):
     """What is said of the round as a whole."""
 
     NOT_JUDGED = "not judged"
-    """The rule gives no weights, or there are too few clients to tell."""
+    """The rule gives no weights, or there are too few clients to tell: eps of them are not even one."""
     CLEAR = "no visible attack"
     """Nothing stands out against the bulk of the updates as they came."""
     REMOVED = "outliers removed"
@@ -63,26 +63,24 @@ def bulk_edge(values: Vector, f: int) -> float | None:
     return edge if edge > 1e-9 * values[0] else None
 
 
-def judge(gram: Gram, kept: Vector, gone: int) -> Verdict:
+def judge(gram: Gram, weights: Vector, kept: Vector) -> Verdict:
     """The verdict on a round, beside what a rule made of it.
 
     Args:
         gram: the n rows as the clients sent them.
+        weights: (n,) that the rule gave them.
         kept: eigenvalues of the covariance of what the value is a mean of, largest first.
-        gone: how many rows with a share were left without weight.
     """
-    if gram.f == 0:
-        return Verdict.CLEAR
-    raw = gram.raw_eigenvalues
-    if gram.n < gram.f + 3 or not has_bulk(gram, gram.shares):
+    raw, rows, f = gram.raw_eigenvalues, int(np.count_nonzero(gram.shares)), gram.f_with_share
+    if f == 0 or rows < f + 3 or not has_bulk(gram, gram.shares):
         return Verdict.NOT_JUDGED
     if raw[0] <= gram.rounding(gram.shares):  # all alike
         return Verdict.CLEAR
-    edge = bulk_edge(raw, gram.f)
+    edge = _edge(gram, gram.shares, raw)
     if edge is not None and raw[0] <= ALARMING * edge:
         return Verdict.CLEAR
     if edge is None:
-        edge = bulk_edge(kept, gram.f - gone)
+        edge = _edge(gram, weights, kept)
     return Verdict.REMOVED if kept[0] <= ALARMING * (edge or 0.0) else Verdict.EXCEEDED
 
 
@@ -100,20 +98,46 @@ def read_levels(gram: Gram, weights: Vector, values: Vector, factor: float = VIS
     if len(values) < gram.size(weights):
         raw = np.array_equal(weights, gram.shares)
         values = gram.raw_eigenvalues if raw else gram.eigenvalues(weights)
-    larger = max(gram.f - _gone(gram, weights), 0)
-    edge = bulk_edge(values, larger)
-    if edge is None or edge <= gram.rounding(weights, larger + 1):
+    edge = _edge(gram, weights, values)
+    if edge is None or edge <= gram.rounding(weights, _left(gram, weights) + 1):
         return None
     return Levels(factor * edge, factor * edge * ALARMING / VISIBLE)
 
 
-def _gone(gram: Gram, weights: Vector) -> int:
-    return int(np.count_nonzero(gram.shares) - np.count_nonzero(weights))
-
-
 def has_bulk(gram: Gram, weights: Vector) -> bool:
     """Whether there are more directions than those that malicious rows can stretch."""
-    return max(gram.f - _gone(gram, weights), 0) + 2 <= gram.size(weights)
+    return _left(gram, weights) + 2 <= gram.size(weights)
+
+
+def _edge(gram: Gram, weights: Vector, values: Vector) -> float | None:
+    """The largest eigenvalue that the honest bulk vouches for under these weights.
+
+    With more coordinates than rows, an honest row stretches the covariance by what it weighs: of unequal
+    shares the spectrum tells the shares. So the bulk is read off the rows as if their shares were equal,
+    and counts as much as the row that has the largest.
+
+    Args:
+        gram: of all rows.
+        weights: (n,) of them; none negative, unless shares are equal.
+        values: the eigenvalues that belong to them.
+    """
+    shares, f = gram.shares[gram.shares > 0], _left(gram, weights)
+    if np.ptp(shares) <= 1e-9 * shares.max():
+        return bulk_edge(values, f)
+    kept = np.divide(weights, gram.shares, out=np.zeros_like(weights), where=gram.shares > 0)
+    kept = np.maximum(kept, 0.0)
+    if not kept.any():
+        return None
+    edge = bulk_edge(gram.eigenvalues(kept / kept.sum()), f)
+    return (
+        None if edge is None else edge * kept.sum() * float(gram.shares[kept > 0].max()) / weights.sum()
+    )
+
+
+def _left(gram: Gram, weights: Vector) -> int:
+    """How many of the rows that carry weight may still be malicious."""
+    gone = int(np.count_nonzero(gram.shares) - np.count_nonzero(weights))
+    return max(gram.f_with_share - gone, 0)
 
 
 def _hides(gram: Gram, weights: Vector, top: float) -> bool:
@@ -122,4 +146,4 @@ def _hides(gram: Gram, weights: Vector, top: float) -> bool:
     Without its f largest terms, sum_i w_i |x_i|^2 is no less than the (f + 2)-th eigenvalue.
     """
     terms = np.sort(weights * gram.squared_norms)
-    return bool(terms[: gram.n - gram.f].sum() < 1e-9 * top)
+    return bool(terms[: gram.n - gram.f_with_share].sum() < 1e-9 * top)

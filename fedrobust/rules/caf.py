@@ -42,7 +42,7 @@ class CAF(Weighting):
         """Weigh the rows."""
         weights, best, smallest = without_loud(gram, 1e4), gram.shares, np.inf
         scores, near, steps = np.zeros(gram.n), None, 0
-        while gram.f > 0 and weights.sum() > 1 - 2 * gram.eps + 1e-9:
+        while gram.f_with_share > 0 and weights.sum() > 1 - 2 * gram.eps + 1e-9:
             normalised = weights / weights.sum()
             values, projections = gram.leading(normalised, near)
             near = np.zeros(gram.n)

@@ -150,7 +150,7 @@ class Filter(Weighting):
             found = np.zeros((gram.n, len(few)))
             found[support] = normalised[support, None] * projections[:, few] / values[few]
             directions.append(found)
-            if gram.f == 0 or top <= max(level or 0.0, rounding):
+            if gram.f_with_share == 0 or top <= max(level or 0.0, rounding):
                 break
             seen = projections[:, loud] if buried else projections
             swept = self._sweep(gram, state, seen, hiding if buried else None, rng)
@@ -219,7 +219,9 @@ class Filter(Weighting):
         first, smallest = eigenvalues
         visible = state.levels.visible if state.levels else 0.0
         tolerated = max(state.levels.alarming if state.levels else 0.0, gram.rounding(best))
-        if gram.f == 0 or smallest <= tolerated:
+        if gram.f_with_share == 0:
+            verdict = Verdict.NOT_JUDGED
+        elif smallest <= tolerated:
             verdict = Verdict.REMOVED if state.steps else Verdict.CLEAR
         else:
             verdict = Verdict.EXCEEDED if state.levels else Verdict.NOT_JUDGED
@@ -293,7 +295,8 @@ def without_loud(gram: Gram, factor: float) -> Vector:
         gram: of the rows.
         factor: how far beyond the bulk's edge.
     """
-    if not has_bulk(gram, gram.shares) or gram.f > 2 * gram.eps * gram.n:
+    rows = np.count_nonzero(gram.shares)
+    if not has_bulk(gram, gram.shares) or gram.f_with_share > 2 * gram.eps * rows:
         return gram.shares  # with that many clients of next to no share, too, the bulk says nothing
     kept: Vector = Filter(factor=factor)(gram).matrix[0]
     quiet: Vector = np.where(kept >= 0.5 * gram.shares, gram.shares, 0.0)

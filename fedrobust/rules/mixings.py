@@ -72,10 +72,11 @@ class Bucketing(Mixing):
         members = np.zeros((buckets, gram.n))
         members[np.arange(gram.n) // self.s, order] = gram.shares[order]
         shares = members.sum(axis=1)
-        eps = float(np.sort(shares)[::-1][: gram.f].sum())
+        f = gram.f_with_share
+        eps = float(np.sort(shares)[::-1][:f].sum())
         self.require(
             eps < 0.5,
-            f"{gram.f} malicious of {gram.n} clients could spoil {eps:.0%} of the {buckets} buckets; "
+            f"{f} malicious of {gram.n} clients could spoil {eps:.0%} of the {buckets} buckets; "
             "take fewer rows a bucket",
         )
         held = shares > 0  # a bucket of clients without share says nothing

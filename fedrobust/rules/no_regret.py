@@ -55,13 +55,13 @@ class NoRegret(Weighting):
         weights = quiet / quiet.sum()
         best, smallest, levels, near = weights, np.inf, None, None
         scores = np.zeros(gram.n)
-        for _ in range(self.steps + gram.f):
+        for _ in range(self.steps + gram.f_with_share):
             values, projections = gram.leading(weights, near)
             if values[0] < smallest:
                 best, smallest = weights, float(values[0])
             levels = levels or read_levels(gram, weights, values)
             level = levels.visible if levels else 0.0
-            if gram.f == 0 or values[0] <= max(level, gram.rounding(weights)):
+            if gram.f_with_share == 0 or values[0] <= max(level, gram.rounding(weights)):
                 break
             near = np.zeros(gram.n)
             near[weights > 0] = projections[:, 0]

@@ -10,10 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedrobust import CATALOG, Aggregated, Certificate, InputError, aggregate, certificate
+from fedrobust import (
+    CATALOG,
+    Aggregated,
+    Certificate,
+    InputError,
+    RunningAggregate,
+    aggregate,
+    certificate,
+)
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules import Mixing, Weighting
 
@@ -256,3 +265,26 @@ def test_a_formula_without_one_of_its_terms_is_caught(
 ) -> None:
     monkeypatch.setattr(target, attribute, mutant)
     assert "honest spread known" in violated(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_bound_counts_the_rounding_of_updates_in_half_precision(
+    dtype: torch.dtype, known: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = torch.randn(20_000, generator=generator).to(dtype)
+    rows = [(model + 0.002 * torch.randn(20_000, generator=generator)).to(dtype) for _ in range(50)]
+    honest = torch.stack(rows[5:]).double().mean(dim=0)
+    running = RunningAggregate(50, like=model, reference=model if known else None)
+    for row in rows:
+        running.add(row)
+    for result in (
+        aggregate(rows, "mean", eps=0.1, reference=model if known else None),
+        running.result("mean", eps=0.1),
+    ):
+        assert result.value.dtype == dtype
+        assert result.certificate is not None
+        off = float((result.value.double() - honest).norm())
+        assert off <= result.certificate.bound()
+        assert 0.1 * off < result.certificate.rounding <= off

@@ -82,7 +82,45 @@ def test_a_known_spread_is_the_threshold(sigma: float, shift: float, verdict: Ve
 def test_nobody_is_removed_where_nobody_can_be_malicious(n: int, eps: float) -> None:
     result = aggregate(attacked(n, 20, 1, 1e6), Filter(eps=eps))
     assert uniform(result)
-    assert result.verdict == Verdict.CLEAR
+    assert result.verdict == aggregate(attacked(n, 20, 1, 1e6), "mean", eps=eps).verdict
+    assert result.verdict == Verdict.NOT_JUDGED
+
+
+@pytest.mark.parametrize("rule", ["mean", "filter", "no_regret", "caf"])
+@pytest.mark.parametrize("sizes", [0.5, 1.0, 1.5])
+def test_an_honest_round_of_unequal_shares_is_no_attack(rule: str, sizes: float) -> None:
+    """With more coordinates than rows the spectrum tells the shares."""
+    for seed in range(5):
+        shares = np.exp(sizes * np.random.default_rng(seed).normal(size=30))
+        result = aggregate(attacked(30, 3000, 0, 0.0, seed), rule, shares)
+        assert result.verdict == Verdict.CLEAR
+        if rule == "filter":
+            np.testing.assert_allclose(result.weights, shares / shares.sum())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sizes", [0.5, 1.0])
+def test_an_attack_is_seen_whatever_the_shares(sizes: float) -> None:
+    for seed in range(5):
+        shares = np.exp(sizes * np.random.default_rng(seed).normal(size=30))
+        shares /= shares.sum()
+        f = int(np.count_nonzero(np.cumsum(shares) <= 0.2))
+        X = attacked(30, 3000, f, 300.0, seed)
+        assert aggregate(X, "mean", shares).verdict == Verdict.EXCEEDED
+        result = aggregate(X, "filter", shares)
+        assert result.verdict == Verdict.REMOVED
+        assert result.weights[:f].sum() < 0.02  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rule", ["mean", "filter", "no_regret", "caf", "bucketing | filter"])
+def test_clients_without_a_share_change_nothing(rule: str) -> None:
+    X = attacked(20, 200, 3, 200.0)
+    alone = aggregate(X, rule)
+    for more in (1, 5, 14, 20):
+        Z, shares = np.vstack([X, np.zeros((more, 200))]), np.r_[np.ones(20), np.zeros(more)]
+        result = aggregate(Z, rule, shares)
+        assert result.verdict == alone.verdict
+        if "bucketing" not in rule:  # which draws
+            np.testing.assert_allclose(result.value, alone.value, rtol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -119,7 +120,7 @@ def sever(  # noqa: PLR0913 (what an optimiser and a filter need together)
             scores[group] = spectral_scores(rows[group], weights[group])
             if sigma is None or _spread(scores[group], weights[group]) > sigma:
                 left[group] = remove(scores[group], weights[group], eps, rng)
-        if done == rounds or np.array_equal(left, weights):
+        if done >= rounds or np.array_equal(left, weights):
             return Severed(model, weights, scores, done)
         weights, done = left, done + 1
 
@@ -235,6 +236,10 @@ REMOVALS: dict[str, Removal] = {"quantile": _quantile, "random": _random, "soft"
 """The ways to remove, by name."""
 
 
+def _integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _checked(
     n: int, eps: float, rounds: int | None, sigma: float | None, groups: npt.ArrayLike | None
 ) -> Groups:
@@ -243,6 +248,8 @@ def _checked(
         raise InputError(f"n must be at least 1, got {n}")
     if not 0 <= eps < 0.5:
         raise InputError(f"eps must be at least 0 and below 1/2, got {eps}: most examples must be good")
+    if rounds is not None and not _integer(rounds):
+        raise InputError(f"rounds must be an integer, or None for the usual number, got {rounds!r}")
     if rounds is not None and rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds}")
     if sigma is not None and not sigma > 0:

@@ -423,6 +423,8 @@ def refused(**options: Any) -> None:
         ({"eps": float("nan")}, "got nan"),
         ({"eps": -0.1}, r"got -0\.1"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"rounds": 1.5}, "rounds must be an integer, .* got 1.5"),
+        ({"rounds": True}, "rounds must be an integer, .* got True"),
         ({"sigma": 0.0}, r"sigma must be positive, got 0\.0"),
         ({"removal": "hard"}, "unknown removal 'hard'.*quantile, random, soft"),
         ({"groups": [1, 2]}, r"for each of 4 examples, got shape \(2,\)"),

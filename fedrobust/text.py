@@ -27,7 +27,8 @@ class Textual:
     """A frozen dataclass of literals with a short text form; arguments equal to a default are left out.
 
     Subclasses set `name` and may check their fields in `__post_init__`, calling this one first: it
-    raises `InputError` on a value of the wrong type.
+    raises `InputError` on a value of the wrong type, and makes plain what derives from a type of
+    literals, such as numpy's float64.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class Textual:
                 raise InputError(f"{self.name}: {field} must be {wanted}, got {brief(value)}")
             if isinstance(value, int | float) and not abs(value) < 2**63:  # no text form reads it back
                 raise InputError(f"{self.name}: {field} must be finite and within 64 bits")
+            object.__setattr__(self, field, _plain(value))
 
     def __repr__(self) -> str:
         changed = [
@@ -177,6 +179,19 @@ def _build(node: ast.expr, text: str, catalog: Mapping[str, type[T]], kind: str)
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _plain(value: object) -> object:
+    """The same value, of a type whose repr is a literal: numpy's and enumerations' have others."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 (a type hint has no narrower type)

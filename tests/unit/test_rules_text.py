@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedrobust import (
@@ -21,6 +23,7 @@ from fedrobust import (
     aggregate,
     parse_rule,
 )
+from fedrobust.rules import Rule
 
 WRONG: Any = {"text": "2", "class": Filter, "none": None}
 ROUND = [[float(i), float(i * i)] for i in range(12)]
@@ -167,3 +170,31 @@ def test_the_compositions_eps_comes_before_the_callers_and_the_default() -> None
     assert f("nnm(eps=0.1) | mean", eps=0.3) == 0.1
     assert f("nnm | mean", eps=0.3) == 0.3
     assert f("nnm | mean") == 0.2
+
+
+class Size(IntEnum):
+    """An integer of another type."""
+
+    THREE = 3
+
+
+class Kept(str):
+    """Text of another type, with a repr of its own."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Kept({self!s})"
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Filter(eps=np.float64(0.25)), "filter(eps=0.25)"),
+        (Filter(eps=Kept("auto")), "filter(eps='auto')"),
+        (Bucketing(Size.THREE), "bucketing(s=3)"),
+    ],
+)
+def test_numbers_and_text_of_other_types_are_kept_as_plain_ones(rule: Rule, text: str) -> None:
+    assert repr(rule) == text
+    assert parse_rule(text) == Aggregator((rule,))

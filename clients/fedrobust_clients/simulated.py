@@ -10,8 +10,10 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayTaskError
 
 from fedrobust.data import load
+from fedrobust.errors import InputError
 from fedrobust.training import Learner, Shared, Task, client_name, updates
 from fedrobust_clients.malicious import Malicious, Threat
 from fedrobust_clients.runtime import Connection, Floats, Honest, Update, participate
@@ -97,7 +99,10 @@ class _Desk:
         if number in self.open and self.open[number][0] is members:
             del self.open[number]
         reference = self.broadcast.of(number, model)
-        done: list[Update] = await self.crew.updates.remote(members, number, reference)
+        try:
+            done: list[Update] = await self.crew.updates.remote(members, number, reference)
+        except RayTaskError as error:  # an InputError is told as the crew raised it
+            raise (error.cause if isinstance(error.cause, InputError) else error) from None
         return done
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from fedrobust_clients import remote
 from fedrobust_clients.runtime import Floats, Participation, Update
+from fedrobust_clients.simulated import Simulated, _Broadcast, _Desk
 from fedrobust_proto.v1 import federation_pb2 as pb
 from fedrobust_proto.v1 import vectors
 from fedrobust_server.limits import Limits
+from ray.exceptions import RayTaskError
 
+from fedrobust.errors import InputError
 from fedrobust.training import Task
 
 from .processes import until
@@ -110,5 +114,20 @@ def test_what_was_worked_out_for_one_run_is_not_sent_to_another(lost: bool) -> N
             await part.attend(first)
         await part.attend(second)
         assert second.sent == [[11.0] * 4]
+
+    asyncio.run(scenario())
+
+
+def test_what_a_crew_refuses_is_told_as_it_is() -> None:
+    """Ray wraps what a worker process raises in an error of its own, with all of the traceback."""
+
+    class Updates:
+        async def remote(self, *_arguments: object) -> list[Update]:
+            raise RayTaskError("updates", "Traceback ...", InputError("no such class"))
+
+    async def scenario() -> None:
+        desk = _Desk(SimpleNamespace(updates=Updates()), _Broadcast(1, reference=object()))
+        with pytest.raises(InputError, match=r"^no such class$"):
+            await Simulated(desk, 0).update(1, np.zeros(2, np.float32))
 
     asyncio.run(scenario())

@@ -6,13 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import json
-import re
 import signal
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fedrobust.addresses import check_reachable
 from fedrobust.cli.parsing import add_fields, command, complain, given_fields
 from fedrobust.errors import InputError
 from fedrobust.text import printable
@@ -335,6 +335,7 @@ def _client(options: argparse.Namespace) -> int:
     from fedrobust_clients.remote import run
     from fedrobust_clients.runtime import Honest
     from fedrobust_proto.v1.federation_pb2 import Status
+    from fedrobust_server.names import check_name
 
     from fedrobust.data import load
     from fedrobust.training import Learner, Task, client_name
@@ -342,8 +343,10 @@ def _client(options: argparse.Namespace) -> int:
     threat = _threat(options)
     if options.id < 0:
         raise InputError(f"--id must be at least 0, got {options.id}")
-    if not re.search(r":\d+$", options.server):
-        raise InputError(f"--server must be an address as host:port, got {options.server!r}")
+    if not options.patience > 0:
+        raise InputError(f"--patience must be above 0 seconds, got {options.patience}")
+    check_reachable(options.server)
+    name = client_name(options.id) if options.name is None else check_name(options.name)
     credentials = Credentials.read(options.ca, options.key_dir, options.token)
     torch.set_num_threads(1)  # many clients share a machine in experiments
 
@@ -364,7 +367,6 @@ def _client(options: argparse.Namespace) -> int:
             reason = printable(receipt.reason)
             print(f"round {number}: {status.lower()} {reason}".rstrip(), flush=True)  # noqa: T201
 
-    name = options.name or client_name(options.id)
     work = run(
         options.server,
         name,
@@ -396,6 +398,8 @@ def _threat(options: argparse.Namespace) -> Threat | None:
     parse_attack(options.attack)
     if options.rule:
         parse_rule(options.rule)
+    if options.eps is not None and not 0 <= options.eps < 0.5:
+        raise InputError(f"--eps must be in [0, 0.5), got {options.eps}")
     malicious = 1 if options.malicious is None else options.malicious
     if options.id >= malicious:
         raise InputError(

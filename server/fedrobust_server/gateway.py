@@ -29,6 +29,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedrobust import InputError
+from fedrobust.addresses import host_and_port
 from fedrobust.text import printable
 from fedrobust_server.doorkeeper import Doorkeeper, take
 from fedrobust_server.limits import Cut, Limits, Slots
@@ -248,10 +249,7 @@ def check_address(address: str, *, secured: bool, exposed: bool = False) -> None
     Raises:
         InputError: the address is malformed, or beyond loopback and neither secured nor exposed.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise InputError(f"expected an address as host:port, got {address!r}")
-    host = host.strip("[]")
+    host, _ = host_and_port(address)
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -274,12 +272,10 @@ def check_free(address: str, *, shared: bool = False) -> None:
     Raises:
         InputError: the address is taken, or not this machine's.
     """
-    host, _, port = address.rpartition(":")
+    host, port = host_and_port(address)
     errors = list[OSError]()
     try:
-        places = socket.getaddrinfo(
-            host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        places = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise InputError(f"cannot listen on {address}: {error.strerror or error}") from None
     for family, kind, _, _, place in places:

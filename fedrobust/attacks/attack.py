@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrobust.attacks.view import View
+from fedrobust.errors import InputError
 from fedrobust.text import Textual
 from fedrobust.training import evaluate
 
@@ -65,8 +66,14 @@ def success_rate(module: nn.Module, attack: Targeted, x: Tensor, y: Tensor) -> f
         y: (n,) their true labels.
 
     Raises:
-        InputError: the attack is about none of these images.
+        InputError: the attack is about none of these images, or wants a label that the model does not
+            have; or there is not one label per image.
     """
+    if not 0 < len(x) == len(y):
+        raise InputError(
+            f"cannot judge {attack!r} on {len(x)} images and {len(y)} labels; "
+            "they must be as many, and at least one"
+        )
     return evaluate(module, *attack.goal(x, y)).accuracy
 
 

@@ -293,7 +293,8 @@ def evaluate(module: nn.Module, x: Tensor, y: Tensor, batch: int = 256) -> Evalu
             leave its cache, and cnn(16) and resnet(20) take half as long again.
 
     Raises:
-        InputError: there are no examples, or not one label per image.
+        InputError: there are no examples, not one label per image, or labels that the model has no
+            logit for.
     """
     if not 0 < len(x) == len(y):
         raise InputError(
@@ -303,11 +304,22 @@ def evaluate(module: nn.Module, x: Tensor, y: Tensor, batch: int = 256) -> Evalu
     correct, loss = 0, 0.0
     training = module.training
     module.eval()
-    with torch.no_grad():
-        for start in range(0, len(x), batch):
-            images, labels = x[start : start + batch], y[start : start + batch]
-            logits = module(images)
-            correct += int((logits.argmax(dim=1) == labels).sum())
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-    module.train(training)
+    try:
+        with torch.no_grad():
+            for start in range(0, len(x), batch):
+                images, labels = x[start : start + batch], y[start : start + batch]
+                logits = module(images)
+                _check_labels(labels, logits.shape[1])
+                correct += int((logits.argmax(dim=1) == labels).sum())
+                loss += float(cross_entropy(logits, labels, reduction="sum"))
+    finally:
+        module.train(training)
     return Evaluation(accuracy=correct / len(x), loss=loss / len(x))
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise InputError(
+            f"the label {low if low < 0 else high} is none of the model's, which are 0 .. {classes - 1}"
+        )

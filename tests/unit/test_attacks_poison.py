@@ -249,3 +249,17 @@ def test_there_is_no_success_without_a_goal() -> None:
         success_rate(Always(1), LabelFlip(), x, y)
     with pytest.raises(InputError, match="at least one"):
         success_rate(Always(1), EdgeCase(3, 1), x[y == 0], y[y == 0])
+
+
+@pytest.mark.parametrize("attack", [Backdoor(1), EdgeCase(2, 1), LabelFlip(2, 1)], ids=repr)
+def test_there_is_no_success_without_images(attack: Targeted) -> None:
+    x, y = with_classes()
+    for images, labels in ((x[:0], y[:0]), (x, y[:-1])):
+        with pytest.raises(InputError, match=f"on {len(images)} images and {len(labels)} labels"):
+            success_rate(Always(1), attack, images, labels)
+
+
+@pytest.mark.parametrize("target", [-1, 4])
+def test_there_is_no_success_in_a_class_that_the_model_does_not_have(target: int) -> None:
+    with pytest.raises(InputError, match=f"the label {target} is none of the model's"):
+        success_rate(Always(1), Backdoor(target), *with_classes())

@@ -521,6 +521,15 @@ def test_evaluation(digits: Dataset) -> None:
         evaluate(module, digits.test_x[:0], digits.test_y[:0])
 
 
+@pytest.mark.parametrize("label", [-1, 10, -100])
+def test_a_model_is_not_judged_by_labels_that_it_does_not_have(digits: Dataset, label: int) -> None:
+    module, labels = Softmax()(digits.shape, 10, seed=0), digits.test_y.clone()
+    labels[300] = label
+    with pytest.raises(InputError, match=f"the label {label} is none of the model's, .* 0 .. 9"):
+        evaluate(module, digits.test_x, labels)
+    assert module.training
+
+
 @pytest.mark.parametrize(
     ("model", "steps", "lr"), [("softmax", 300, 0.1), ("mlp", 200, 0.2), ("cnn(8)", 120, 0.2)]
 )

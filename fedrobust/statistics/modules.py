@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from torch.func import vmap
 from torch.nn.functional import cross_entropy, mse_loss
 
 from fedrobust.errors import InputError
+from fedrobust.imports import told
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.statistics.gradients import Loss, module_gradients
+from fedrobust.statistics.parameters import is_integer
+from fedrobust.text import printable
 
 
 class _Module(BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
@@ -73,10 +77,25 @@ class _Module(BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
 
         descent.step(objective)  # type: ignore[no-untyped-call]
 
-    def _start(self) -> None:
+    def _start(self, inputs: Matrix) -> tuple[int, ...]:
+        """Copy the module; the shape of what it gives for the first two of (n, d) inputs, or the one."""
         if self.module is None:
             raise InputError("a torch module is needed: module=nn.Linear(d, k), for instance")
-        self.module_ = copy.deepcopy(self.module)
+        if not is_integer(self.steps) or self.steps < 1:
+            raise InputError(f"steps must be an integer of at least 1, got {self.steps!r}")
+        self.module_ = copy.deepcopy(self.module).eval()
+        first = self._tensor(inputs[:2])
+        try:
+            with torch.no_grad():
+                outputs = self.module_(first)
+        except Exception as error:
+            raise InputError(
+                f"the module must take inputs of shape {tuple(first.shape)}; it raised "
+                f"{printable(told(error))}"
+            ) from error
+        if not isinstance(outputs, Tensor):
+            raise InputError(f"the module must give a tensor, got {type(outputs).__name__}")
+        return tuple(outputs.shape)
 
     def _tensor(self, values: npt.NDArray[Any]) -> Tensor:
         first = next(self.module_.parameters(), None)
@@ -101,9 +120,19 @@ class ModuleRegressor(RegressorMixin, _Module):  # type: ignore[misc] # scikit-l
     def fit(
         self, X: npt.ArrayLike, y: npt.ArrayLike, sample_weight: npt.ArrayLike | None = None
     ) -> ModuleRegressor:
-        """Fit to (n, d) X and (n,) y under (n,) weights."""
+        """Fit to (n, d) X and (n,) y under (n,) weights.
+
+        Raises:
+            InputError: a parameter is out of its range, or the module does not fit X or a target.
+            ValueError: X and y are not what scikit-learn takes.
+        """
         inputs, targets = validate_data(self, X, y, y_numeric=True)
-        self._start()
+        shape, rows = self._start(inputs), min(len(inputs), 2)
+        if shape[:1] != (rows,) or math.prod(shape) != rows:
+            raise InputError(
+                f"the module must give one output for a row, shape ({rows},) or ({rows}, 1) for {rows} "
+                f"rows; it gives {shape}"
+            )
         self._descend(self._loss, self._tensor(inputs), self._tensor(targets), sample_weight)
         return self
 
@@ -113,6 +142,7 @@ class ModuleRegressor(RegressorMixin, _Module):  # type: ignore[misc] # scikit-l
 
     def per_example_gradients(self, X: Matrix, y: npt.NDArray[Any]) -> Matrix:
         """(n, p) float64 of the loss at the fitted parameters."""
+        check_is_fitted(self, "module_")
         return module_gradients(self.module_, self._loss, self._tensor(X), self._tensor(y))
 
 
@@ -130,11 +160,21 @@ class ModuleClassifier(ClassifierMixin, _Module):  # type: ignore[misc] # scikit
     def fit(
         self, X: npt.ArrayLike, y: npt.ArrayLike, sample_weight: npt.ArrayLike | None = None
     ) -> ModuleClassifier:
-        """Fit to (n, d) X and (n,) labels under (n,) weights."""
+        """Fit to (n, d) X and (n,) labels under (n,) weights.
+
+        Raises:
+            InputError: a parameter is out of its range, or the module does not fit X or the classes.
+            ValueError: X and y are not what scikit-learn takes.
+        """
         inputs, labels = validate_data(self, X, y)
         check_classification_targets(labels)
         self.classes_, targets = np.unique(labels, return_inverse=True)
-        self._start()
+        shape, rows, least = self._start(inputs), min(len(inputs), 2), len(self.classes_)
+        if len(shape) != 2 or shape[0] != rows or shape[1] < least:
+            raise InputError(
+                f"the module must give an output for each of {least} classes, shape ({rows}, {least}) "
+                f"for {rows} rows; it gives {shape}"
+            )
         self._descend(self._loss, self._tensor(inputs), torch.as_tensor(targets), sample_weight)
         return self
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
+from fedrobust.statistics.parameters import is_integer
 from fedrobust.text import choose
 
 Model = TypeVar("Model")
@@ -236,10 +236,6 @@ REMOVALS: dict[str, Removal] = {"quantile": _quantile, "random": _random, "soft"
 """The ways to remove, by name."""
 
 
-def _integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _checked(
     n: int, eps: float, rounds: int | None, sigma: float | None, groups: npt.ArrayLike | None
 ) -> Groups:
@@ -248,7 +244,7 @@ def _checked(
         raise InputError(f"n must be at least 1, got {n}")
     if not 0 <= eps < 0.5:
         raise InputError(f"eps must be at least 0 and below 1/2, got {eps}: most examples must be good")
-    if rounds is not None and not _integer(rounds):
+    if rounds is not None and not is_integer(rounds):
         raise InputError(f"rounds must be an integer, or None for the usual number, got {rounds!r}")
     if rounds is not None and rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds}")

@@ -204,6 +204,31 @@ def test_a_module_refuses_what_are_no_labels_of_its_own() -> None:
         module.fit(X, y).per_example_gradients(X[:3], np.array(["ham", "spam", "eggs"]))
 
 
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (ModuleClassifier(nn.Linear(10, 2)), r"each of 3 classes, shape \(2, 3\).*gives \(2, 2\)"),
+        (ModuleClassifier(nn.Flatten(0)), r"each of 3 classes, .*gives \(20,\)"),
+        (ModuleClassifier(nn.Linear(9, 3)), r"inputs of shape \(2, 10\); it raised .*multiplied"),
+        (ModuleClassifier(nn.Linear(10, 3), steps=0), "steps must be .* at least 1, got 0"),
+        (ModuleRegressor(nn.Linear(10, 2)), r"one output for a row, .*gives \(2, 2\)"),
+        (ModuleRegressor(nn.Linear(9, 1)), r"inputs of shape \(2, 10\); it raised .*multiplied"),
+        (ModuleRegressor(nn.LSTM(10, 1)), "must give a tensor, got tuple"),
+        (ModuleRegressor(nn.Linear(10, 1), steps=1.5), "steps must be an integer .*got 1.5"),
+    ],
+    ids=str,
+)
+def test_a_module_that_does_not_fit_is_told_so(estimator: Any, message: str) -> None:
+    X = np.random.default_rng(0).standard_normal((30, 10))
+    with pytest.raises(InputError, match=message):
+        estimator.fit(X, np.arange(30) % 3)
+
+
+def test_a_module_for_regression_has_no_gradients_before_it_is_fitted() -> None:
+    with pytest.raises(NotFittedError):
+        ModuleRegressor(nn.Linear(2, 1)).per_example_gradients(np.eye(2), np.ones(2))
+
+
 def test_a_module_without_penalty_is_least_squares() -> None:
     (X, y), _ = regression()
     weights = np.linspace(0, 1, len(y))

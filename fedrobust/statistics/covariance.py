@@ -19,6 +19,7 @@ from sklearn.utils.validation import validate_data
 
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
+from fedrobust.statistics.parameters import number
 
 Mask = npt.NDArray[np.bool_]
 Fitted = TypeVar("Fitted", bound=BaseEstimator)
@@ -217,12 +218,13 @@ def keep(
         InputError: a parameter is out of its range, or n <= d.
     """
     n, d = rows.shape
-    if not 0 <= eps < 0.5:
-        raise InputError(f"eps must be in [0, 1/2), got {eps}")
-    if not 0 < tau < 1:
-        raise InputError(f"tau must be in (0, 1), got {tau}")
-    if decay is not None and not decay > 0:
-        raise InputError(f"decay must be positive, or None to have it tuned, got {decay}")
+    if not 0 <= number(eps) < 0.5:
+        raise InputError(f"eps must be in [0, 1/2), got {eps!r}")
+    if not 0 < number(tau) < 1:
+        raise InputError(f"tau must be in (0, 1), got {tau!r}")
+    if decay is not None and not number(decay) > 0:
+        raise InputError(f"decay must be positive, or None to have it tuned, got {decay!r}")
+    eps, tau, decay = number(eps), number(tau), None if decay is None else number(decay)
     if n <= d:
         raise InputError(f"{n} samples of {d} features say nothing about outliers; give more than {d}")
     if eps == 0:

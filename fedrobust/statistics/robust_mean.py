@@ -16,6 +16,7 @@ from fedrobust.errors import InputError
 from fedrobust.kernels import Vector
 from fedrobust.rules import EntropyFilter, Filter
 from fedrobust.rules.fraction import AUTO
+from fedrobust.statistics.parameters import number
 from fedrobust.statistics.tail_filter import sample_of, tail_filter
 from fedrobust.text import choose
 from fedrobust.verdict import Verdict
@@ -104,6 +105,8 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         return self
 
     def _fit_bounded(self, rows: npt.NDArray[np.floating], seed: int) -> None:
+        if self.eps is None:  # which a rule takes for its caller's
+            raise InputError("eps must be in [0, 0.5), or 'auto', got None")
         kind = EntropyFilter if self.method == "entropy" else Filter
         centre = sample_of(rows, 1.0, seed).centre
         rule = kind(eps=self.eps, sigma=self.sigma)
@@ -121,7 +124,7 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         self._keep(found.value, found.weights, found.scores, found.certificate, verdict)
 
     def _fit_identity(self, rows: npt.NDArray[np.floating], seed: int) -> None:
-        eps, sigma = _number(self.eps), 1.0 if self.sigma is None else _number(self.sigma)
+        eps, sigma = number(self.eps), 1.0 if self.sigma is None else number(self.sigma)
         if not 0 <= eps < 0.5:
             raise InputError(f"eps must be in [0, 0.5) with covariance='identity', got {self.eps!r}")
         if not 0 < sigma < math.inf:
@@ -155,11 +158,3 @@ class RobustMean(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         self.scores_ = scores
         self.certificate_ = certificate
         self.verdict_ = verdict
-
-
-def _number(value: object) -> float:
-    """NaN, which no range holds, for what is none."""
-    try:
-        return float(value)  # type: ignore[arg-type]  # that is what is tried
-    except (TypeError, ValueError):
-        return math.nan

@@ -15,7 +15,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
-from fedrobust.statistics.parameters import is_integer
+from fedrobust.statistics.parameters import is_integer, number
 from fedrobust.text import choose
 
 Model = TypeVar("Model")
@@ -104,6 +104,7 @@ def sever(  # noqa: PLR0913 (what an optimiser and a filter need together)
     remove = REMOVALS[choose(removal, REMOVALS, "removal")]
     labels = _checked(n, eps, rounds, sigma, groups)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    eps, sigma = number(eps), None if sigma is None else number(sigma)
     if rounds is None:
         rounds = 3 if removal == "quantile" else 20
     rng = np.random.default_rng(seed)
@@ -242,14 +243,16 @@ def _checked(
     """(n,) the groups, once all else is in range."""
     if n < 1:
         raise InputError(f"n must be at least 1, got {n}")
-    if not 0 <= eps < 0.5:
-        raise InputError(f"eps must be at least 0 and below 1/2, got {eps}: most examples must be good")
+    if not 0 <= number(eps) < 0.5:
+        raise InputError(
+            f"eps must be at least 0 and below 1/2, got {eps!r}: most examples must be good"
+        )
     if rounds is not None and not is_integer(rounds):
         raise InputError(f"rounds must be an integer, or None for the usual number, got {rounds!r}")
     if rounds is not None and rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds}")
-    if sigma is not None and not sigma > 0:
-        raise InputError(f"sigma must be positive, got {sigma}; None means not known")
+    if sigma is not None and not number(sigma) > 0:
+        raise InputError(f"sigma must be positive, got {sigma!r}; None means not known")
     labels = np.zeros(n, np.int64) if groups is None else np.asarray(groups)
     if labels.shape != (n,):
         raise InputError(f"groups must be one label for each of {n} examples, got shape {labels.shape}")

@@ -11,6 +11,7 @@ from fedrobust.aggregate import aggregate
 from fedrobust.errors import InputError
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules import Rule
+from fedrobust.statistics.parameters import number
 
 
 class SpectralSignatures(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -57,14 +58,19 @@ class SpectralSignatures(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
             InputError: a parameter out of its range.
             ValueError: X is not a finite matrix, or y is not as long.
         """
-        if not 0 < self.eps < 0.5:
-            raise InputError(f"eps must be above 0 and below 1/2, got {self.eps}")
-        if not 1 <= self.factor < 1 / self.eps:
-            raise InputError(f"factor must be at least 1, and factor eps below 1, got {self.factor}")
+        eps, factor = number(self.eps), number(self.factor)
+        if not 0 < eps < 0.5:
+            raise InputError(f"eps must be above 0 and below 1/2, got {self.eps!r}")
+        if not 1 <= factor < 1 / eps:
+            raise InputError(f"factor must be at least 1, and factor eps below 1, got {self.factor!r}")
         rows: Matrix = validate_data(self, X, dtype=(np.float64, np.float32), ensure_min_samples=2)
         labels = np.zeros(len(rows), int) if y is None else np.asarray(y)
         if labels.shape != (len(rows),):
             raise InputError(f"y must be ({len(rows)},), a label for every row, got {labels.shape}")
+        strange = np.flatnonzero(labels != labels)  # noqa: PLR0124 (NaN, and no label, is not itself)
+        if len(strange):
+            row = strange[0]
+            raise InputError(f"y must hold a label for every row, got {labels[row]!r} for row {row}")
         self.classes_ = np.unique(labels)
         self.scores_ = np.zeros(len(rows))
         self.support_ = np.ones(len(rows), bool)
@@ -74,7 +80,7 @@ class SpectralSignatures(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
             self.scores_[members] = scores
             # Ties go by the order of the examples, so that a run repeats.
             order = np.argsort(-scores, kind="stable")
-            out = min(round(self.factor * self.eps * len(members)), len(members) - 1)
+            out = min(round(factor * eps * len(members)), len(members) - 1)
             self.support_[members[order[:out]]] = False
         return self
 

@@ -206,11 +206,15 @@ def test_a_fixed_decay_is_not_tuned() -> None:
     [
         ({"eps": 0.5}, r"eps must be in \[0, 1/2\), got 0.5"),
         ({"eps": -0.1}, r"eps must be in"),
+        ({"eps": "0.1"}, r"eps must be in .* got '0.1'"),
+        ({"eps": None}, r"eps must be in .* got None"),
+        ({"tau": "0.1"}, r"tau must be in .* got '0.1'"),
+        ({"decay": "1"}, r"decay must be positive, .* got '1'"),
         ({"tau": 0}, r"tau must be in \(0, 1\), got 0"),
         ({"decay": 0.0}, r"decay must be positive, or None to have it tuned, got 0.0"),
     ],
 )
-def test_bad_parameters(parameters: dict[str, float], message: str) -> None:
+def test_bad_parameters(parameters: dict[str, Any], message: str) -> None:
     for kind in (RobustCovariance, FilteredPCA):
         with pytest.raises(InputError, match=message):
             kind(**parameters).fit(np.zeros((9, 2)))

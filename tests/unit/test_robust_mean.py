@@ -239,7 +239,9 @@ def test_no_eps_is_the_mean() -> None:
         ({"eps": 0.6, "covariance": "identity"}, "got 0.6"),
         ({"eps": "auto", "covariance": "identity"}, "got 'auto'"),
         ({"sigma": -1.0}, "sigma must be positive"),
+        ({"eps": None}, "eps must be .* got None"),
         ({"eps": None, "covariance": "identity"}, "got None"),
+        ({"eps": "0.1", "covariance": "identity"}, "got '0.1'"),
         ({"sigma": 0.0, "covariance": "identity"}, "sigma must be positive"),
     ],
 )

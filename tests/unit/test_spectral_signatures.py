@@ -100,11 +100,14 @@ def test_the_contract_of_scikit_learn() -> None:
         ({"eps": 0.0}, None, "eps must be above 0 and below 1/2, got 0.0"),
         ({"factor": 0.5}, None, "factor must be at least 1"),
         ({"eps": 0.4, "factor": 3.0}, None, "factor eps below 1, got 3.0"),
+        ({"eps": "0.1"}, None, "eps must be above 0 and below 1/2, got '0.1'"),
+        ({"factor": None}, None, "factor must be at least 1, .* got None"),
+        ({}, [0, 1, float("nan"), 1, 0], r"a label for every row, got .*nan.* for row 2"),
         ({"rule": "median"}, None, "gives no scores"),
         ({}, [0, 1], r"y must be \(5,\), a label for every row"),
     ],
 )
-def test_bad_input(parameters: dict[str, Any], y: list[int] | None, message: str) -> None:
+def test_bad_input(parameters: dict[str, Any], y: list[float] | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         SpectralSignatures(**parameters).fit(np.eye(5), y)
 

@@ -194,6 +194,7 @@ class Rare(Split):
     """The examples of one class belong to the last few clients alone; all others are dealt evenly.
 
     Where robust rules fail: the holders are honest, and differ from all others as malicious ones would.
+    A holder that would be left without an example is given one of another holder's.
 
     Attributes:
         holders: how many clients hold the class, at least 1.
@@ -218,11 +219,16 @@ class Rare(Split):
         self.require(
             bool(rare.any()), f"no example has the label {self.label}; choose one that some have"
         )
+        first, common = clients - self.holders, int(np.count_nonzero(~rare))
+        self.require(
+            common >= first,
+            f"{first} clients are to hold other labels than {self.label} alone, and {common} examples "
+            "have one; take fewer clients, or more holders",
+        )
         parts = np.array_split(deck[~rare], clients)
         held = np.array_split(deck[rare], self.holders)
-        first = clients - self.holders
         parts[first:] = [np.concatenate(both) for both in zip(parts[first:], held, strict=True)]
-        _fill_empty(parts)
+        _fill_empty(parts)  # of holders: all others have something, and none of them more than one
         return parts
 
 

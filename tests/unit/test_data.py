@@ -321,7 +321,7 @@ splits = st.one_of(
     st.just(IID()),
     st.sampled_from([1e-300, 1e-3, 0.1, 0.5, 10.0, 1e6]).map(Dirichlet),
     st.sampled_from([1e-300, 1e-3, 0.1, 0.5, 10.0, 1e6]).map(Quantity),
-    st.just(Rare(1, 0)),
+    st.integers(1, 3).map(lambda holders: Rare(holders, 0)),
     st.floats(0, 1).map(Similarity),
     st.integers(1, 5).map(Shards),
 )
@@ -338,12 +338,16 @@ def test_split_covers_everything_once(
     split: Split, labels: list[int], fraction: float, seed: int
 ) -> None:
     clients = max(1, round(fraction * len(labels)))
-    assume(not isinstance(split, Rare) or split.label in labels)
     array = np.array(labels)
+    if isinstance(split, Rare):
+        assume(split.label in labels and split.holders <= clients)
+        assume(np.count_nonzero(array != split.label) >= clients - split.holders)
     parts = split(array, clients, np.random.default_rng(seed))
     assert len(parts) == clients
     assert all(len(part) > 0 for part in parts)
     assert sorted(np.concatenate(parts)) == list(range(len(labels)))
+    if isinstance(split, Rare):
+        assert not any((array[part] == split.label).any() for part in parts[: -split.holders])
     again = split(array, clients, np.random.default_rng(seed))
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
 
@@ -396,6 +400,13 @@ def test_a_rare_class_is_held_by_the_last_clients_alone() -> None:
         Rare(11)(LABELS, 10, np.random.default_rng(0))
     with pytest.raises(InputError, match="no example has the label 77"):
         Rare(2, label=77)(LABELS, 10, np.random.default_rng(0))
+
+
+def test_a_rare_class_is_given_to_nobody_else_where_examples_are_few() -> None:
+    labels = np.array([3, 3, 3, 3, 1])
+    assert [len(part) for part in Rare(2, label=3)(labels, 3, np.random.default_rng(0))] == [1, 2, 2]
+    with pytest.raises(InputError, match=r"2 clients are to hold other labels than 3 .* 1 examples"):
+        Rare(1, label=3)(labels, 3, np.random.default_rng(0))
 
 
 def test_quantity_leaves_the_mixture_alone() -> None:

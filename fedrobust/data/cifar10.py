@@ -40,13 +40,13 @@ def load_cifar10(
     Args:
         part: "train" (50 000) or "test" (10 000).
         data_dir: where datasets are; None means the directory that FEDROBUST_DATA names.
-        rows: which images, in this order; None: all. JPEG takes about 0.4 ms an image.
+        rows: which images, from 0, in this order; None: all. JPEG takes about 0.4 ms an image.
 
     Returns:
         (n, 32, 32, 3) uint8, red, green, blue, and (n,) int64 in 0 .. 9.
 
     Raises:
-        InputError: no such part, or its files are missing or malformed.
+        InputError: no such part or row, or its files are missing or malformed.
     """
     choose(part, SIZES, "part of CIFAR-10")
     binary = _find_part(part, data_dir)
@@ -134,5 +134,9 @@ def _check_labels(path: Path, labels: npt.NDArray[Any]) -> None:
 
 def _check_rows(path: Path, rows: npt.NDArray[np.integer] | None, count: int) -> None:
     """Refuse to look for images that a file does not have."""
-    if rows is not None and len(rows) and rows.max() >= count:
+    if rows is None or not len(rows):
+        return
+    if rows.min() < 0:
+        raise InputError(f"rows are counted from 0, got {rows.min()}")
+    if rows.max() >= count:
         raise InputError(f"{path} holds {count} images, no image {rows.max()}; fetch it again")

@@ -114,6 +114,12 @@ class IdxDataset:
         """Read the four files from the first place below `data_dir` that has them all."""
         train_x, train_y, test_x, test_y = self._need(data_dir)
         train, test = self._read(train_x, train_y), self._read(test_x, test_y)
+        shapes = [" x ".join(map(str, x.shape[2:])) for x, _ in (train, test)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{train_x} holds images of {shapes[0]} pixels but {test_x} of {shapes[1]}; "
+                "take both from the same release"
+            )
         return Dataset(self.name, *train, *test, 10, self.scale)
 
     @property
@@ -220,7 +226,13 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             f"{path} declares {' x '.join(map(str, shape))} bytes but holds {len(raw) - start}; "
             "it is truncated or damaged, fetch it again"
         )
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    try:
+        return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    except ValueError:  # of no items at all, but too many in some dimensions
+        raise InputError(
+            f"{path} declares {' x '.join(map(str, shape))} bytes, more than any array can have; "
+            "it is damaged, fetch it again"
+        ) from None
 
 
 def read_bytes(path: Path) -> bytes:

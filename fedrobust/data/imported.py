@@ -135,6 +135,8 @@ def _check(x: Tensor, y: Tensor, first: Tensor, classes: int, name: str) -> None
         )
     if not 0 < len(x) == len(y):
         raise InputError(f"its {name} part has {len(x)} images and {len(y)} labels")
+    if x.numel() == 0:
+        raise InputError(f"the images of its {name} part have no pixels, shape {tuple(x.shape[1:])}")
     bad = ~x.isfinite().flatten(1).all(dim=1)
     if bad.any():
         raise InputError(

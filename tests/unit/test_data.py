@@ -105,7 +105,8 @@ def test_directory_named_after_the_dataset_goes_first(tmp_path: Path) -> None:
     write_small_set(tmp_path)
     write_small_set(tmp_path / "fashion_mnist")
     other = np.zeros((6, 7, 7), np.uint8)
-    (tmp_path / "fashion_mnist" / IDX_FILES[0]).write_bytes(idx(other))
+    for name, images in ((IDX_FILES[0], other), (IDX_FILES[2], other[:3])):
+        (tmp_path / "fashion_mnist" / name).write_bytes(idx(images))
     assert load("fashion_mnist", tmp_path).shape == (1, 7, 7)
 
 
@@ -143,8 +144,9 @@ GOOD = idx(np.zeros((2, 3, 4), np.uint8))
         (b"\x00\x00\x0d\x03" + GOOD[4:], "number 3331, expected 2051"),
         (b"\x89PNG" + GOOD[4:], "expected 2051"),
         (GOOD[:4] + b"\xff" * 12 + GOOD[16:], "truncated or damaged"),
+        (GOOD[:4] + b"\0" * 4 + b"\xff" * 8, "0 x 4294967295 x 4294967295 bytes, more than any array"),
     ],
-    ids=["empty", "header", "truncated", "too long", "labels", "float32", "png", "huge"],
+    ids=["empty", "header", "truncated", "too long", "labels", "float32", "png", "huge", "none of huge"],
 )
 def test_malformed_idx(tmp_path: Path, content: bytes, message: str) -> None:
     for name, raw in (("images", content), ("images.gz", gzip.compress(content))):
@@ -185,6 +187,13 @@ def test_labels_must_fit(tmp_path: Path, labels: list[int], message: str) -> Non
     write_small_set(tmp_path)
     (tmp_path / IDX_FILES[1]).write_bytes(idx(np.array(labels, np.uint8)))
     with pytest.raises(InputError, match=message):
+        load("mnist", tmp_path)
+
+
+def test_images_to_train_and_to_test_on_must_be_of_one_shape(tmp_path: Path) -> None:
+    write_small_set(tmp_path)
+    (tmp_path / IDX_FILES[2]).write_bytes(idx(np.zeros((3, 4, 5), np.uint8)))
+    with pytest.raises(InputError, match=r"images of 5 x 4 pixels but .* of 4 x 5"):
         load("mnist", tmp_path)
 
 
@@ -237,6 +246,8 @@ def test_cifar10_batches_must_have_ten_classes_and_the_images_asked_for(tmp_path
     assert load_cifar10("test", tmp_path)[1].tolist() == [0, 9]
     with pytest.raises(InputError, match="holds 2 images, no image 2; fetch it again"):
         load_cifar10("test", tmp_path, np.array([0, 2]))
+    with pytest.raises(InputError, match="counted from 0, got -1"):
+        load_cifar10("test", tmp_path, np.array([0, -1]))
     records[1, 0] = 10
     records.tofile(tmp_path / "test_batch.bin")
     with pytest.raises(InputError, match=r"test_batch\.bin holds the label 10, expected 0 \.\. 9"):

@@ -125,6 +125,7 @@ flat = lambda: (Pairs((torch.zeros(20), 0)), ONE)
 labels = lambda: (Pairs((GREY, 1.0)), ONE)
 below = lambda: (Pairs((GREY, -1)), ONE)
 no_label = lambda: (Pairs(GREY), ONE)
+no_pixels = lambda: (Pairs((GREY[:0], 0)), ONE)
 needy = lambda root: (ONE, ONE)
 """
 
@@ -267,6 +268,7 @@ def test_the_data_directory_may_come_from_the_environment(
         ("labels", r"label of item 0 of its training part is 1\.0, expected an integer"),
         ("below", r"labels of its training part are -1 \.\. -1, expected 0 \.\. 1"),
         ("no_label", "item 0 of its training part is ndarray, expected a pair"),
+        ("no_pixels", r"images of its training part have no pixels, shape \(1, 0, 5\)"),
         ("needy", "loading it raised TypeError: .*root"),
         ("unfinished", r"image 1 of its test part has pixels that are not finite"),
         ("ours_wrongly", r"labels of its training part are 0 \.\. 2, expected 0 \.\. 1"),

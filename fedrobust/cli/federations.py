@@ -335,7 +335,6 @@ def _client(options: argparse.Namespace) -> int:
     from fedrobust_clients.remote import run
     from fedrobust_clients.runtime import Honest
     from fedrobust_proto.v1.federation_pb2 import Status
-    from fedrobust_server.names import check_name
 
     from fedrobust.data import load
     from fedrobust.training import Learner, Task, client_name
@@ -346,7 +345,9 @@ def _client(options: argparse.Namespace) -> int:
     if not options.patience > 0:
         raise InputError(f"--patience must be above 0 seconds, got {options.patience}")
     check_reachable(options.server)
-    name = client_name(options.id) if options.name is None else check_name(options.name)
+    name = options.name or client_name(options.id)
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in name):
+        raise InputError(f"--name must be text in UTF-8, got '{printable(name, 64)}'")
     credentials = Credentials.read(options.ca, options.key_dir, options.token)
     torch.set_num_threads(1)  # many clients share a machine in experiments
 

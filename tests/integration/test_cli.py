@@ -49,7 +49,7 @@ BAD = {
     "client --server 127.0.0.1:99999 --id 0": ("host:port", "'127.0.0.1:99999'"),
     "client --server 127.0.0.1:0 --id 0": ("host:port", "'127.0.0.1:0'", "port 0"),
     "client --server :1 --id 0": ("host:port", "':1'", "without a host"),
-    "client --server 127.0.0.1:1 --id 0 --name \udcff": ("client's name", "\\udcff"),
+    "client --server 127.0.0.1:1 --id 0 --name \udcff": ("--name must be text in UTF-8", "\\udcff"),
     "serve --bind 127.0.0.1:99999": ("host:port", "'127.0.0.1:99999'", "65535"),
     "redteam krumm": ("'krumm'", "did you mean krum?", "multi_krum"),
     "redteam nnm": ("nnm only mixes",),

@@ -13,7 +13,9 @@ from fedrobust.rules.rule import Mixed, Weighting, weigh
 _FAR = 1e3
 """So many times the usual distance rows must be away before steps begin elsewhere than at the mean."""
 _MANY = 1000
-"""For more rows all distances are not worked out."""
+"""For more rows all distances are not worked out; and with fewer steps the rule may stop far short."""
+_SHARP = 1e-3
+"""With more smoothing than this the rule is no median any more."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,12 +27,14 @@ class GeometricMedian(Weighting):
     All steps take place on the weights a, by ||x_i - X a||^2 = G_ii - 2 (G a)_i + a^T G a, so many
     steps cost no more than few; they stop when no distance changes any more. (The same from squared
     distances would lose the honest rows' digits beside a row of norm 1e30.) Few steps begin at the mean,
-    as in the paper. Where n or more may be taken, and rows are a thousand times further out than most,
-    each counts at first by the inverse of its median distance from the others: from the mean, near
-    eps = 1/2, it would take thousands of steps to forget a norm of 1e30.
+    as in the paper. Where n or more may be taken, of at most 1000 rows, and rows are a thousand times
+    further out than most, each counts at first by the inverse of its median distance from the others:
+    from the mean, near eps = 1/2, it would take thousands of steps to forget a norm of 1e30.
 
     Guarantee: ||z - mu_S|| <= 2 (1 - eps) / (1 - 2 eps) max_S ||x_i - mu_S|| (a factor sqrt d worse
-    than the filter's for spread-out rows), up to the smoothing. Breakdown point 1/2; eps is not used.
+    than the filter's for spread-out rows), up to the smoothing; with `steps` of 1000 or more, nu of at
+    most 1e-3 and no more than 1000 clients. Otherwise the steps may end far from the median, and there
+    is none. Breakdown point 1/2, on the same terms; eps is not used.
     Weighted by shares: a share of two is two clients. Scores: distances from the median. Deviations: nu
     is relative to the median distance of the rows from the current median, so that the rule is
     scale-equivariant; steps until nothing changes, where RFA takes a few. Cost: n^2 a step after the
@@ -51,6 +55,10 @@ class GeometricMedian(Weighting):
         super().__post_init__()
         self.require(self.steps >= 1, "steps must be at least 1")
         self.require(self.nu > 0, "nu must be positive")
+
+    def arrives(self, n: int) -> bool:
+        """Whether the steps come to the median of n rows, whatever some of them hold."""
+        return self.steps >= _MANY >= n and self.nu <= _SHARP
 
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""

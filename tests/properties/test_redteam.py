@@ -178,6 +178,40 @@ def test_what_has_none(rule: str) -> None:
     assert known(rule, 10, 2) == []
 
 
+@pytest.mark.parametrize(
+    ("rule", "n", "f"),
+    [
+        ("geometric_median(steps=1)", 10, 2),
+        ("geometric_median(steps=999)", 10, 2),
+        ("geometric_median(nu=100)", 10, 2),
+        ("arc | geometric_median(nu=0.01)", 10, 2),
+        ("geometric_median", 1001, 490),
+        ("bucketing(2) | geometric_median", 2002, 1),
+    ],
+)
+def test_a_median_that_may_not_be_come_to_has_no_guarantee(rule: str, n: int, f: int) -> None:
+    assert known(rule, n, f) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "n", "f"),
+    [
+        ("geometric_median", 10, 2),
+        ("geometric_median(nu=0.001)", 10, 2),
+        ("geometric_median(steps=2000)", 300, 149),
+        ("geometric_median", 1000, 490),
+    ],
+)
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_the_geometric_median_forgets_rows_of_any_length(rule: str, n: int, f: int, size: float) -> None:
+    X = np.random.default_rng(0).normal(size=(n, 5))
+    X[:f] = size
+    error = np.linalg.norm(aggregate(X, rule, eps=f / n).value - X[f:].mean(axis=0))
+    for guarantee in known(rule, n, f):
+        assert error <= guarantee.bound(X[f:])
+    assert len(known(rule, n, f)) == 2
+
+
 # Breakdown, weights: any rows whatever ----------------------------------------------------------------
 
 ANSWERING = sorted(name for name, cls in CATALOG.items() if not issubclass(cls, Mixing))

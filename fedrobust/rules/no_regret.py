@@ -33,13 +33,13 @@ class NoRegret(Weighting):
     Guarantee: error O(sigma sqrt eps) whatever d is, proved for eps below a constant less than 1/2.
     Breakdown point: eps < 1/2 is accepted. Weighted by shares. Scores: the largest tau_i over its step's
     eigenvalue; zero where nothing stands out. Deviations: exact eigenvectors, all that stand out in a
-    step instead of the first; the stopping rule; pruning by the spectrum. Cost: at most `steps` + f
-    eigenproblems of size n after the Gram.
+    step instead of the first; the stopping rule; pruning by the spectrum. Cost: an eigenproblem of size
+    min(n, d) a step; f steps or so beside few coordinates, where each removes a row.
     Source: Hopkins, Li, Zhang 2020, "Robust and Heavy-Tailed Mean Estimation Made Simple, via Regret
     Minimization" (arXiv 2007.15839).
 
     Attributes:
-        steps: the most steps taken, beside those that remove a row outright.
+        steps: the most steps taken, beside those that remove a row outright, f of these at most.
     """
 
     name = "no_regret"
@@ -55,13 +55,15 @@ class NoRegret(Weighting):
         weights = quiet / quiet.sum()
         best, smallest, levels, near = weights, np.inf, None, None
         scores = np.zeros(gram.n)
-        for _ in range(self.steps + gram.f_with_share):
+        left, outright = self.steps, gram.f_with_share
+        while True:
             values, projections = gram.leading(weights, near)
             if values[0] < smallest:
                 best, smallest = weights, float(values[0])
             levels = levels or read_levels(gram, weights, values)
             level = levels.visible if levels else 0.0
-            if gram.f_with_share == 0 or values[0] <= max(level, gram.rounding(weights)):
+            settled = values[0] <= max(level, gram.rounding(weights))
+            if gram.f_with_share == 0 or settled or left == 0:
                 break
             near = np.zeros(gram.n)
             near[weights > 0] = projections[:, 0]
@@ -77,6 +79,10 @@ class NoRegret(Weighting):
                 marked *= 1 - (0.5 if levels else 1.0) * value / values[0] * tau / tau.max()
             if cap[marked > 0].sum() < 1 - 1e-9:
                 break
+            if outright and (marked[weights > 0] == 0).any():
+                outright -= 1
+            else:
+                left -= 1
             weights = _project(marked, cap)
         return weigh(best, scores, notes={"kept_eigenvalue": smallest})
 

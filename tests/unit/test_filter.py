@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedrobust import Aggregated, Filter, InputError, Verdict, aggregate
+from fedrobust import Aggregated, Filter, InputError, NoRegret, Verdict, aggregate
+from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix
 
 
@@ -230,3 +231,29 @@ def test_the_notes_tell_what_happened() -> None:
     assert notes["top_eigenvalue"] > notes["threshold"] > notes["kept_eigenvalue"]
     assert notes["removed"] == pytest.approx(0.2, abs=0.01)
     assert notes["steps"] >= 1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_no_regret_takes_no_more_steps_than_it_may(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those that remove a row, and there are none here."""
+    looks, leading = [], Gram.leading
+
+    def looked(gram: Gram, *where: Any) -> Any:
+        looks.append(where)
+        return leading(gram, *where)
+
+    monkeypatch.setattr(Gram, "leading", looked)
+    monkeypatch.setattr("fedrobust.rules.no_regret.without_loud", lambda gram, _: gram.shares)
+    X = np.random.default_rng(0).normal(size=(300, 80))
+    result = aggregate(X, NoRegret(steps), eps=0.2, certified=False)
+    assert result.weights is not None
+    assert result.weights.all()
+    assert len(looks) == steps + 1  # before the first and after each
+
+
+def test_no_regret_removes_rows_of_many_magnitudes_beside_its_steps() -> None:
+    X = np.random.default_rng(0).normal(size=(100, 5))
+    X[:10] *= np.logspace(3, 20, 10)[:, None]
+    result = aggregate(X, NoRegret(steps=1), eps=0.1)
+    assert result.weights is not None
+    assert not result.weights[2:10].any()

@@ -16,6 +16,8 @@ _REMEMBERED = 8
 """How many directions of a pass are kept for the scores."""
 _HIDING = 1e-8
 """Beside a bulk that cannot be read, what has this part of the top eigenvalue is loud."""
+_FAR = 1e4
+"""Without any bulk, so many times the usual squared distance a variance may be for a pass to end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,8 @@ class Filter(Weighting):
     honest spread (`fedrobust.verdict`). Rows so large that the bulk cannot be read beside them go first;
     if they were honest after all, the honest spread is far above any threshold found later, so the
     guarantee stands. Where there is no bulk (fewer than eps n + 2 coordinates) there is no threshold: it
-    filters step by step to the budget and returns the best iterate, as `caf`.
+    filters step by step to the budget and returns the best iterate, as `caf`; steps that a variance of
+    10 000 times the usual squared distance asks for share an eigenproblem.
     Neither: `eps="auto"` estimates eps from the spectrum (`fedrobust.rules.fraction`).
 
     The threshold is for the first eps of the mass; from there on it is twice as high, because what is
@@ -128,7 +131,7 @@ class Filter(Weighting):
         """
         state = State(gram.shares, None if known is None else Levels(known, known))
         best, smallest, first = gram.shares, np.inf, 0.0
-        directions: list[Matrix] = []  # each column a direction, as a combination of the rows
+        directions: list[Matrix] = []  # each column one, as `_direction` has it
         near, rng = None, np.random.default_rng(gram.seed)
         while True:
             normalised = state.weights / state.weights.sum()
@@ -149,7 +152,7 @@ class Filter(Weighting):
             few = np.flatnonzero(loud)[:_REMEMBERED]
             found = np.zeros((gram.n, len(few)))
             found[support] = normalised[support, None] * projections[:, few] / values[few]
-            directions.append(found)
+            directions.append(_direction(gram, found))
             if gram.f_with_share == 0 or top <= max(level or 0.0, rounding):
                 break
             seen = projections[:, loud] if buried else projections
@@ -174,7 +177,8 @@ class Filter(Weighting):
             gram: of all rows.
             state: where the sweep starts.
             projections: (m, k) of the rows that carry weight on k directions, orthogonal under it.
-            floor: what is tolerated at least; None for a single step where there is no level either.
+            floor: what is tolerated at least; None for a single step where there is no level either, and
+                for as many as there are with variances far above what is usual.
             rng: for randomised removal.
         """
         support, before = np.flatnonzero(state.weights), state.steps
@@ -189,7 +193,7 @@ class Filter(Weighting):
             variances = normalised @ squares
             tolerated = max((t for t in (state.level(gram.eps), floor) if t is not None), default=None)
             if tolerated is None and state.steps > before:
-                return state
+                tolerated = max(_FAR * _usual(projections, variances, normalised), gram.rounding(full))
             if tolerated is not None and variances.max() <= tolerated * (1 - 1e-9):
                 return state
             tau = self.measure(squares, variances, rest)
@@ -303,10 +307,34 @@ def without_loud(gram: Gram, factor: float) -> Vector:
     return quiet if quiet.sum() >= 1 - gram.eps - 1e-9 else gram.shares
 
 
+def _direction(gram: Gram, found: Matrix) -> Matrix:
+    """Directions given as (n, k) combinations of the rows: where these are at hand, as (d, k) vectors.
+
+    With few coordinates there may be as many passes as malicious rows, and n numbers a direction would
+    be more than the round itself.
+    """
+    return found if gram.factor is None else np.asarray(gram.factor.T @ found)
+
+
 def _scores(gram: Gram, directions: list[Matrix], weights: Vector) -> Vector:
     """(n,) the largest squared distance from the weighted mean along any of the directions."""
-    along = gram.product(1)(np.concatenate(directions, axis=1))
-    if along.shape[1] == 0:
-        return np.zeros(gram.n)
-    scores: Vector = ((along - weights @ along) ** 2).max(axis=1)
+    scores, toward = np.zeros(gram.n), gram.product(1)
+    if gram.factor is None:
+        directions = [toward(np.concatenate(directions, axis=1))]  # one pass over the rows for all
+    for direction in directions:
+        along = direction if gram.factor is None else gram.factor @ direction
+        np.maximum(scores, ((along - weights @ along) ** 2).max(axis=1, initial=0.0), out=scores)
     return scores
+
+
+def _usual(projections: Matrix, variances: Vector, weights: Vector) -> float:
+    """The median squared distance from the median, by mass, along the direction of most variance."""
+    along = projections[:, np.argmax(variances)]
+    return _middle((along - _middle(along, weights)) ** 2, weights)
+
+
+def _middle(values: Vector, weights: Vector) -> float:
+    """The lower median of (m,) values by weights of sum 1."""
+    order = np.argsort(values)
+    first = int(np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9))
+    return float(values[order[min(first, len(order) - 1)]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,34 @@ def test_rows_of_many_magnitudes_do_not_take_honest_ones_along(rule: str, n: int
     assert result.weights is not None
     assert result.weights[: n // 5].max() < 1e-6 / n
     np.testing.assert_allclose(result.weights[n // 5 :], 1 / (n - n // 5), rtol=0.05)
+
+
+@pytest.mark.parametrize("rule", ["filter", "entropy_filter", "filter(removal='random')"])
+def test_rows_of_many_magnitudes_take_few_passes_without_a_bulk(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, leading = [], Gram.leading
+
+    def counted(gram: Gram, *where: Any) -> Any:
+        passes.append(where)
+        return leading(gram, *where)
+
+    monkeypatch.setattr(Gram, "leading", counted)
+    n, d, f = 1000, 10, 200
+    X = np.random.default_rng(0).normal(size=(n, d))
+    X[:f] *= np.logspace(0, 28, f)[:, None]
+    tracemalloc.start()
+    result = aggregate(X, rule, eps=f / n, certified=False)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.notes["steps"] > 100
+    assert len(passes) < 80
+    assert most < 50 * X.nbytes
+    assert result.weights is not None
+    assert result.weights[20:f].max() < 1e-6 / n  # the others are not far out
+    assert error(result) < 0.3
+    assert result.scores is not None
+    assert result.scores[20:f].min() > result.scores[f:].max()
 
 
 @pytest.mark.parametrize("removal", ["soft", "random"])

@@ -25,16 +25,17 @@ class CenteredClipping(Composite):
 
     Guarantee: with a radius of order sigma sqrt(n / f), the error is O(sigma sqrt eps) about honest
     rows within sigma of their mean and a centre that is near; one step moves by at most the radius.
-    Breakdown point 1/2 with the default radius. Weighted by shares; of the default radius they only tell
-    how many rows can be malicious. Moving every row moves the value only if the reference moves along.
+    Breakdown point 1/2 with the default radius. Weighted by shares: the default radius is by mass.
+    Moving every row moves the value only if the reference moves along.
     Scores: distances from the last centre, over the radius. Deviation: the default radius. Cost: n^2 a
     step after the Gram.
     Source: Karimireddy, He, Jaggi 2021, "Learning from History for Byzantine Robust Optimization"
     (arXiv 2012.10333).
 
     Attributes:
-        radius: in the updates' units; None takes, in each step, the largest distance that f malicious
-            rows cannot have raised: the (n - f)-th smallest.
+        radius: in the updates' units; None takes, in each step, the largest distance that malicious rows
+            cannot have raised: the smallest that rows of 1 - eps of the mass do not exceed, with equal
+            shares the (n - f)-th smallest.
         steps: L, how often the centre moves.
     """
 

@@ -612,6 +612,16 @@ def test_shares_of_zero_leave_a_round_sound(rule: str, seed: int) -> None:
     assert np.linalg.norm(value - normal(19).mean(0)) < 50
 
 
+@pytest.mark.parametrize(
+    ("shares", "radius"), [([1, 1, 1, 1], 3), ([1, 1, 1, 7], 10), ([7, 1, 1, 1], 1)]
+)
+def test_centred_clippings_own_radius_is_by_mass(shares: list[float], radius: float) -> None:
+    """Not of so many rows as can be malicious: with most of the mass, one row has its way."""
+    X = np.array([[1.0], [2.0], [3.0], [10.0]])
+    result = aggregate(X, "centered_clipping", shares, eps=0.3, anchors=None)
+    close(result.scores, X[:, 0] / radius, 1e-12)
+
+
 @pytest.mark.parametrize("rule", [*WEIGHTED, "clip | median"])
 @pytest.mark.parametrize("share", [0.0, 1e-9])
 def test_a_crowd_with_next_to_no_share_decides_nothing(rule: str, share: float) -> None:

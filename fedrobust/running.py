@@ -6,8 +6,9 @@ train; what is left at the deadline is the n x n rule and one weighted sum.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from fedrobust.aggregate import (
 from fedrobust.errors import InputError
 from fedrobust.kernels import Block, Vector
 from fedrobust.rules import Aggregator, Rule
+from fedrobust.text import brief
 from fedrobust.trees import Tree, as_tensor, fit, rebuild
 
 Values = npt.NDArray[np.floating] | Tensor
@@ -88,6 +90,8 @@ class RunningAggregate:
             InputError: no room, neither or both of size and like, a reference of another form or that is
                 not finite, another dtype.
         """
+        capacity = _whole(capacity, "capacity")
+        size = None if size is None else _whole(size, "size")
         if capacity < 1 or (size is not None and size < 1):
             raise InputError(f"need capacity and size of at least 1, got {capacity} and {size}")
         if dtype not in (None, torch.float32, torch.float64):
@@ -136,20 +140,19 @@ class RunningAggregate:
             client: whose it is, any name; each may have one row.
 
         Raises:
-            InputError: there is no room left, the client has a row already, or the share is negative or
-                not finite.
+            InputError: there is no room left, the client has a row already or no hashable name, or the
+                share is no number, negative or not finite.
         """
+        try:
+            hash(client)
+        except TypeError:
+            raise InputError(f"a client's name must be hashable, got {brief(client)}") from None
         if client is not None and client in self._clients:
             row = self._clients.index(client)
             raise InputError(f"client {client!r} has sent an update already, which is row {row}")
         if len(self._shares) == len(self._rows):
             raise InputError(f"there is room for {len(self._rows)} rows, and all is taken")
-        try:
-            share = float(share)
-        except (TypeError, ValueError):
-            raise InputError(f"a share must be a number, got {share!r:.60}") from None
-        if not 0 <= share < np.inf:
-            raise InputError(f"a share must be finite and not negative, got {share}")
+        share = _mass(share)
         self._shares.append(share)
         self._clients.append(client)
         self._counters.append(self._counts)
@@ -167,6 +170,7 @@ class RunningAggregate:
         Raises:
             InputError: no such row, a gap or an overlap, or too many coordinates; the row is as before.
         """
+        row, start = _whole(row, "row"), _whole(start, "start")
         if not 0 <= row < len(self):
             raise InputError(f"there is no row {row}; {len(self)} have begun")
         fresh = self._piece(values)
@@ -206,7 +210,7 @@ class RunningAggregate:
         return row
 
     def extend(
-        self, updates: Sequence[Tree] | Values, shares: Sequence[float] | None = None
+        self, updates: Iterable[Tree] | Values, shares: Iterable[float] | None = None
     ) -> list[int]:
         """Take several whole updates in one pass; returns their rows' numbers.
 
@@ -217,15 +221,16 @@ class RunningAggregate:
         Raises:
             InputError: no room, another form, or a bad share; nothing is taken then.
         """
-        shares = [1.0] * len(updates) if shares is None else list(shares)
+        updates = _several(updates, "updates")
+        shares = [1.0] * len(updates) if shares is None else _several(shares, "shares")
         first, last = len(self), len(self) + len(updates)
         if len(shares) != len(updates):
             raise InputError(f"need a share for each of {len(updates)} updates, got {len(shares)}")
-        if last > len(self._rows) or not all(0 <= share < np.inf for share in shares):
+        if last > len(self._rows):
             raise InputError(
-                f"{len(updates)} rows more than {first} of {len(self._rows)}, or a share of {shares} "
-                "that is negative or not finite"
+                f"there is no room for {len(updates)} rows more than {first} of {len(self._rows)}"
             )
+        shares = [_mass(share) for share in shares]
         fitted = [_fitted(update, self._like, "update") for update in updates]
         for share, (leaves, counters) in zip(shares, fitted, strict=True):
             row = self.begin(share)
@@ -327,6 +332,34 @@ class RunningAggregate:
             self._inner[np.ix_(reached, new)] += found[reached]
             others = np.setdiff1d(reached, new)
             self._inner[np.ix_(new, others)] += found[others].T
+
+
+def _whole(value: object, what: str) -> int:
+    """A whole number, of numpy's or Python's."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InputError(f"{what} must be a whole number, got {brief(value)}")
+    return int(value)
+
+
+def _mass(share: object) -> float:
+    """A row's mass beside the others'."""
+    try:
+        mass = float(share)  # type: ignore[arg-type] # that is the question
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"a share must be a number, got {brief(share)}") from None
+    if not 0 <= mass < np.inf:
+        raise InputError(f"a share must be finite and not negative, got {mass}")
+    return mass
+
+
+def _several(items: object, what: str) -> list[Any]:
+    """Several of what may come in any sequence, an array among them, or from a generator."""
+    if isinstance(items, Mapping | str | bytes) or not isinstance(items, Iterable):
+        raise InputError(f"{what} must be an array or a sequence, got {brief(items)}")
+    try:
+        return list(items)
+    except TypeError:  # an array of no dimension
+        raise InputError(f"{what} must be an array or a sequence, got {brief(items)}") from None
 
 
 def _fitted(update: Tree, like: Tree, what: str) -> tuple[list[Tensor], list[Tensor]]:

@@ -189,6 +189,21 @@ def test_a_row_that_starts_anew_leaves_no_counters_behind() -> None:
         (lambda _: RunningAggregate(3, like=[np.ones(3)], reference=[np.ones(4)]), "the reference has"),
         (lambda _: RunningAggregate(3, reference=np.full(3, np.nan)), "the reference holds"),
         (lambda r: r.extend(np.ones((2, 10)), [1.0]), "a share for each of 2"),
+        (lambda _: RunningAggregate(2.5, 3), r"capacity must be a whole number, got 2\.5"),  # type: ignore[arg-type]
+        (lambda _: RunningAggregate(None, 3), "capacity must be a whole number, got None"),  # type: ignore[arg-type]
+        (lambda _: RunningAggregate(3, "a"), "size must be a whole number, got 'a'"),  # type: ignore[arg-type]
+        (lambda r: r.extend(np.ones((2, 10)), ["a", "b"]), "a share must be a number, got 'a'"),
+        (lambda r: r.extend(np.ones((2, 10)), 5), "shares must be an array or a sequence, got 5"),
+        (lambda r: r.extend(np.ones((2, 10)), [1, -1]), "not negative, got -1"),
+        (lambda r: r.extend(5), "updates must be an array or a sequence, got 5"),
+        (lambda r: r.extend(np.array(5.0)), "updates must be an array or a sequence, got array"),
+        (lambda r: r.extend({"a": np.ones(10)}), "updates must be an array or a sequence, got {'a'"),
+        (lambda r: r.add(np.ones(10), client=np.array([1, 2])), r"hashable, got array\(\[1, 2\]\)"),
+        (lambda r: r.add(np.ones(10), client=([1], 2)), r"hashable, got \(\[1\], 2\)"),
+        (lambda r: r.write("a", 0, np.ones(3)), "row must be a whole number, got 'a'"),
+        (lambda r: r.write(1.0, 3, np.ones(7)), r"row must be a whole number, got 1\.0"),
+        (lambda r: r.write(1, 3.0, np.ones(7)), r"start must be a whole number, got 3\.0"),
+        (lambda r: r.write(1, "3", np.ones(7)), "start must be a whole number, got '3'"),
     ],
 )
 def test_what_is_wrong_is_named_and_changes_nothing(act: Any, message: str) -> None:
@@ -226,6 +241,13 @@ def test_state_dicts_come_to_what_they_do_at_once(dtype: torch.dtype, rule: str)
         torch.testing.assert_close(found.value[key], leaf)
     start.load_state_dict(found.value)
     assert running.clients == tuple(f"client {seed}" for seed in range(9))
+
+
+def test_updates_may_come_from_a_generator_and_numbers_from_numpy() -> None:
+    running = RunningAggregate(np.int64(4), np.int32(2))  # type: ignore[arg-type]
+    assert running.extend((np.full(2, i, float) for i in range(3)), (1.0 for _ in range(3))) == [0, 1, 2]
+    running.write(np.int64(running.begin()), np.int64(0), np.full(2, 3.0))  # type: ignore[arg-type]
+    np.testing.assert_allclose(running.result("mean").value, 1.5)
 
 
 def test_what_is_taken_is_a_copy() -> None:

@@ -27,6 +27,7 @@ from fedrobust.gram import LARGEST_MATRIX, Gram
 from fedrobust.kernels import Block, Matrix, Vector
 from fedrobust.rules import Aggregator, CoordinateWise, Rule, parse_rule
 from fedrobust.rules.fraction import DEFAULT_EPS, assume
+from fedrobust.text import brief
 from fedrobust.threads import few_threads
 from fedrobust.trees import Tree, rebuild, tabulate, with_anchors
 from fedrobust.verdict import Verdict, judge
@@ -440,9 +441,11 @@ def masses(shares: Sequence[float] | Vector | None, n: int) -> Vector:
     if shares is None:
         return np.ones(n)
     try:
-        found = np.asarray(shares, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"shares must be numbers, got {shares!r:.60}") from None
+        found = np.asarray(shares, dtype=complex if np.iscomplexobj(shares) else float)
+    except (TypeError, ValueError, OverflowError):
+        found = np.asarray(None)
+    if found.dtype != float:
+        raise InputError(f"shares must be numbers, got {brief(shares)}")
     if found.shape != (n,):
         raise InputError(f"expected {n} shares, one an update, got shape {found.shape}")
     if not (np.isfinite(found).all() and (found >= 0).all()):

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedrobust.attacks.search import HONEST, Found, rounds
 from fedrobust.errors import InputError
 from fedrobust.rules import CATALOG, Mixing, parse_rule
-from fedrobust.text import finite
+from fedrobust.text import brief, finite
 
 COMPOSITIONS = (
     "nnm | trimmed_mean",
@@ -53,6 +55,12 @@ class Setting:
     seeds: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("n", "d", "budget", "seed", "seeds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise InputError(f"{name} must be a whole number, got {brief(value)}")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float | np.floating):
+            raise InputError(f"eps must be a number in (0, 0.5), got {brief(self.eps)}")
         if not 0 < self.eps < 0.5:
             raise InputError(f"eps must be in (0, 0.5), the malicious fraction; got {self.eps}")
         if self.n < 1 or not 1 <= self.malicious < self.n / 2 or self.d < 1:

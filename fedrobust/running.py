@@ -341,12 +341,14 @@ def _whole(value: object, what: str) -> int:
     return int(value)
 
 
-def _mass(share: object) -> float:
+def _mass(share: Any) -> float:  # noqa: ANN401 (whatever is given)
     """A row's mass beside the others'."""
     try:
-        mass = float(share)  # type: ignore[arg-type] # that is the question
+        mass = None if np.iscomplexobj(share) else float(share)  # or numpy would drop a part
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"a share must be a number, got {brief(share)}") from None
+        mass = None
+    if mass is None:
+        raise InputError(f"a share must be a number, got {brief(share)}")
     if not 0 <= mass < np.inf:
         raise InputError(f"a share must be finite and not negative, got {mass}")
     return mass

@@ -76,6 +76,8 @@ def parse(text: str, catalog: Mapping[str, type[T]], kind: str) -> T:
 
 def parse_chain(text: str, catalog: Mapping[str, type[T]], kind: str) -> list[T]:
     """Read `a | b(c=1) | d` as a list of objects. Arguments and errors as for `parse`."""
+    if not isinstance(text, str):
+        raise InputError(f"{kind} must be a text of the form name(argument=value), got {brief(text)}")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -696,6 +696,9 @@ def test_only_the_proportions_of_shares_count(rule: str, factor: float) -> None:
         (np.full(11, np.nan), "finite"),
         (np.zeros(11), "no share"),
         (["many"] * 11, "shares"),
+        (np.ones(11) * 1j, r"shares must be numbers, got array\(\[0\.\+1\.j"),
+        ([1j] * 11, "shares must be numbers"),
+        ([10**400] * 11, "shares must be numbers"),
     ],
 )
 def test_bad_shares_are_named(shares: Any, message: str) -> None:

@@ -193,6 +193,7 @@ def test_a_row_that_starts_anew_leaves_no_counters_behind() -> None:
         (lambda _: RunningAggregate(None, 3), "capacity must be a whole number, got None"),  # type: ignore[arg-type]
         (lambda _: RunningAggregate(3, "a"), "size must be a whole number, got 'a'"),  # type: ignore[arg-type]
         (lambda r: r.extend(np.ones((2, 10)), ["a", "b"]), "a share must be a number, got 'a'"),
+        (lambda r: r.begin(np.complex128(1j)), "a share must be a number, got"),
         (lambda r: r.extend(np.ones((2, 10)), 5), "shares must be an array or a sequence, got 5"),
         (lambda r: r.extend(np.ones((2, 10)), [1, -1]), "not negative, got -1"),
         (lambda r: r.extend(5), "updates must be an array or a sequence, got 5"),

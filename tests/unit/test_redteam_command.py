@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ SMALL = ["--clients", "9", "--parameters", "5", "--budget", str(50 * len(HONEST)
 FOUND = Found(2.0, 1.0, 2.0, math.inf, "camps", "mean -1 mean", published=3.0, proved=4.0)
 
 
-def setting(**changes: float) -> redteam.Setting:
+def setting(**changes: Any) -> redteam.Setting:
     return redteam.Setting(**{"n": 9, "d": 5, "budget": 50 * len(HONEST), **changes})  # type: ignore[arg-type]
 
 
@@ -63,6 +64,22 @@ def test_more_seeds_are_no_better_for_the_rule() -> None:
         for changes in ({"seed": 0}, {"seed": 1}, {"seed": 0, "seeds": 2})
     )
     assert both.worst == max(one.worst, other.worst, key=lambda found: found.error_over_spread)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": "a"}, "n must be a whole number, got 'a'"),
+        ({"n": 5.5}, r"n must be a whole number, got 5\.5"),
+        ({"n": True}, "n must be a whole number, got True"),
+        ({"d": 2.5}, r"d must be a whole number, got 2\.5"),
+        ({"seeds": None}, "seeds must be a whole number, got None"),
+        ({"eps": "x"}, r"eps must be a number in \(0, 0\.5\), got 'x'"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        setting(**changes)
 
 
 def test_a_rule_that_refuses_says_why() -> None:

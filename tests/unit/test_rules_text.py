@@ -25,7 +25,7 @@ from fedrobust import (
 )
 from fedrobust.rules import Rule
 
-WRONG: Any = {"text": "2", "class": Filter, "none": None}
+WRONG: Any = {"text": "2", "class": Filter, "none": None, "number": 5}
 ROUND = [[float(i), float(i * i)] for i in range(12)]
 
 
@@ -148,6 +148,8 @@ def test_mixings_alone_give_no_answer(text: str) -> None:
         (lambda: Filter(eps=float("nan")), "eps must be"),
         (lambda: Clip(float("inf")), "radius must be"),
         (lambda: Bucketing(WRONG["text"]), "s must be int"),
+        (lambda: parse_rule(WRONG["number"]), r"rule must be a text of the form .*, got 5"),
+        (lambda: parse_rule(WRONG["none"]), r"rule must be a text of the form .*, got None"),
         (lambda: aggregate(ROUND, WRONG["class"]), "rule"),
         (lambda: aggregate(ROUND, WRONG["none"]), "rule"),
         (lambda: aggregate(ROUND, Aggregator(())), "rule"),

@@ -35,6 +35,8 @@ from fedrobust.verdict import Verdict, judge
 LARGEST_NORM = 1e60
 """Longer rows are refused: beyond every float32 row, and the fourth power is still a float64. Of rows
 shorter than 1e-150 the squares are no float64 any more, and they count as zeros."""
+_HUGE = 1e37
+"""No number of shorter rows is near the largest of float32, 3.4e38."""
 _MOST_COORDINATES = 2048
 """With more rows than coordinates, up to so many of these, an eigenproblem in their space is cheap."""
 
@@ -350,7 +352,10 @@ def combine(
                 certificate, kept = certify(gram, decision.mixings)
                 if verdict is Verdict.NOT_JUDGED:
                     verdict = judge(gram, weights, kept)
-    value = rows.map(partial(kernels.mix_and_reduce, matrix=decision.matrix, reducer=decision.reducer))
+    huge = bool(gram.squared_norms.max() > _HUGE**2)
+    value = rows.map(
+        partial(kernels.mix_and_reduce, matrix=decision.matrix, reducer=decision.reducer, huge=huge)
+    )
     return Aggregated(value, weights, decision.scores, verdict, certificate, decision.notes)
 
 

@@ -312,7 +312,9 @@ def sign_counts(block: Block, matrix: Matrix | None) -> Matrix:
     return _total((block,), count, width)
 
 
-def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None) -> Tensor:
+def mix_and_reduce(
+    block: Block, matrix: Matrix | None, reducer: Reducer | None, *, huge: bool = False
+) -> Tensor:
     """Mix the rows, then reduce every coordinate: reduce(W X), shape (c,).
 
     Args:
@@ -321,6 +323,8 @@ def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None)
             is weight on the reference.
         reducer: k values of a coordinate, measured from the reference, to one; None where k = 1
             and there is nothing to reduce.
+        huge: whether numbers may be near the largest of float32: what of its sums is not finite is then
+            worked out again in float64.
 
     Returns:
         (c,) float64 of float64 rows, float32 of others.
@@ -335,11 +339,17 @@ def mix_and_reduce(block: Block, matrix: Matrix | None, reducer: Reducer | None)
     dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
     result = torch.empty(block.width, dtype=dtype, device=block.device)
 
-    def work(columns: slice) -> None:
-        part = block.tile(columns)
+    def reduced(part: Tensor) -> Tensor:
         if weights is not None:
             part = _mixed(part, weights.to(part)) if own is None else part * weights.to(part)
-        value = part[0] if reducer is None else reducer(part)
+        return part[0] if reducer is None else reducer(part)
+
+    def work(columns: slice) -> None:
+        part = block.tile(columns)
+        value = reduced(part)
+        if huge and part.dtype == torch.float32 and not math.isfinite(float(value.sum())):
+            # Weights rounded to float32 may sum to more than 1, and its largest numbers to infinity.
+            value = reduced(part.double()).to(part)
         if block.reference is not None:
             value = value + block.reference[columns].to(value)
         result[columns] = value

@@ -575,6 +575,15 @@ def test_small_rounds(rule: str, n: int, d: int, eps: float) -> None:
     assert (value <= np.maximum(X.max(0), 0) + 1e-9).all()
 
 
+@pytest.mark.parametrize("rule", ["mean", "filter", "clip | mean", "nnm | median", "nnm | filter"])
+@pytest.mark.parametrize("n", [10, 11, 23])
+def test_the_largest_numbers_have_a_mean(rule: str, n: int) -> None:
+    """Equal weights rounded to float32 sum to more than 1, for some n."""
+    largest = np.finfo(np.float32).max
+    value = aggregate_updates(np.full((n, 30), largest, np.float32), rule, eps=0.1).value
+    np.testing.assert_array_equal(value, np.float32(largest))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_weights_are_a_distribution_and_give_the_value(rule: str) -> None:
     X, reference = normal(), normal(1, seed=4)[0]

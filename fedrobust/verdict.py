@@ -72,10 +72,10 @@ def judge(gram: Gram, weights: Vector, kept: Vector) -> Verdict:
         kept: eigenvalues of the covariance of what the value is a mean of, largest first.
     """
     raw, rows, f = gram.raw_eigenvalues, int(np.count_nonzero(gram.shares)), gram.f_with_share
-    if f == 0 or rows < f + 3 or not has_bulk(gram, gram.shares):
-        return Verdict.NOT_JUDGED
     if raw[0] <= gram.rounding(gram.shares):  # all alike
         return Verdict.CLEAR
+    if f == 0 or rows < f + 3 or not has_bulk(gram, gram.shares):
+        return Verdict.NOT_JUDGED
     edge = _edge(gram, gram.shares, raw)
     if edge is not None and raw[0] <= ALARMING * edge:
         return Verdict.CLEAR

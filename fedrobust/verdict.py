@@ -25,7 +25,7 @@ class Verdict(StrEnum):
     """What is said of the round as a whole."""
 
     NOT_JUDGED = "not judged"
-    """The rule gives no weights, or there are too few clients to tell: eps of them are not even one."""
+    """The rule gives no weights, or there are too few clients to tell."""
     CLEAR = "no visible attack"
     """Nothing stands out against the bulk of the updates as they came."""
     REMOVED = "outliers removed"
@@ -74,7 +74,7 @@ def judge(gram: Gram, weights: Vector, kept: Vector) -> Verdict:
     raw, rows, f = gram.raw_eigenvalues, int(np.count_nonzero(gram.shares)), gram.f_with_share
     if raw[0] <= gram.rounding(gram.shares):  # all alike
         return Verdict.CLEAR
-    if f == 0 or rows < f + 3 or not has_bulk(gram, gram.shares):
+    if rows < f + 3 or not has_bulk(gram, gram.shares):
         return Verdict.NOT_JUDGED
     edge = _edge(gram, gram.shares, raw)
     if edge is not None and raw[0] <= ALARMING * edge:

@@ -223,9 +223,8 @@ class Filter(Weighting):
         first, smallest = eigenvalues
         visible = state.levels.visible if state.levels else 0.0
         tolerated = max(state.levels.alarming if state.levels else 0.0, gram.rounding(best))
-        if gram.f_with_share == 0:
-            alike = first <= gram.rounding(gram.shares)
-            verdict = Verdict.CLEAR if alike else Verdict.NOT_JUDGED
+        if gram.f_with_share == 0:  # nothing may go, and so nothing was looked for
+            verdict = Verdict.NOT_JUDGED
         elif smallest <= tolerated:
             verdict = Verdict.REMOVED if state.steps else Verdict.CLEAR
         else:

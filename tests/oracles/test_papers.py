@@ -113,7 +113,8 @@ def filtered(
     """Diakonikolas & Kane 2019, section 3, in d-space: soft weights, the singular vectors of the rows.
 
     The thresholds are ours: `VISIBLE` times lambda_{f+2} of the raw round, `ALARMING` times once f/n of
-    the mass is gone. And so is the use of all singular vectors before they are worked out anew. Finite
+    the mass is gone; lambda of the rows as if their shares were equal, times the largest share over
+    that. And so is the use of all singular vectors before they are worked out anew. Finite
     alpha: Dong, Hopkins, Li 2019, scores (x - mu)^T U (x - mu).
     """
     n, d = X.shape
@@ -129,9 +130,11 @@ def filtered(
         mu = p @ X
         _, singular, directions = np.linalg.svd(np.sqrt(p)[:, None] * (X - mu), full_matrices=False)
         spectrum = [*singular**2, *[0.0] * n]
-        gone = sum(w == 0)
-        if edge is None and f - gone + 2 <= min(n, d) and spectrum[f - gone + 1] > 1e-9 * spectrum[0]:
-            edge = spectrum[f - gone + 1]
+        gone, kept = sum(w == 0), p / b
+        u = kept / sum(kept)
+        even = np.linalg.svd(np.sqrt(u)[:, None] * (X - u @ X), compute_uv=False) ** 2
+        if edge is None and f - gone + 2 <= min(n, d) and even[f - gone + 1] > 1e-9 * even[0]:
+            edge = even[f - gone + 1] * sum(kept) * max(b[w > 0])
         if spectrum[0] < smallest:
             best, smallest = p, spectrum[0]
         if f == 0 or spectrum[0] <= (level() or 0.0):

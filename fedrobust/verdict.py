@@ -118,7 +118,7 @@ def _edge(gram: Gram, weights: Vector, values: Vector) -> float | None:
 
     Args:
         gram: of all rows.
-        weights: (n,) of them; none negative, unless shares are equal.
+        weights: (n,) of them; a negative one counts for none.
         values: the eigenvalues that belong to them.
     """
     shares, f = gram.shares[gram.shares > 0], _left(gram, weights)
@@ -129,9 +129,7 @@ def _edge(gram: Gram, weights: Vector, values: Vector) -> float | None:
     if not kept.any():
         return None
     edge = bulk_edge(gram.eigenvalues(kept / kept.sum()), f)
-    return (
-        None if edge is None else edge * kept.sum() * float(gram.shares[kept > 0].max()) / weights.sum()
-    )
+    return None if edge is None else edge * float(kept.sum() * gram.shares[kept > 0].max())
 
 
 def _left(gram: Gram, weights: Vector) -> int:

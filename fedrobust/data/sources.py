@@ -29,7 +29,7 @@ from fedrobust.data.datasets import FASHION_MNIST, IDX_FILES, MNIST, read_bytes
 from fedrobust.data.files import data_directory, find_files
 from fedrobust.errors import InputError
 
-IN_PLACE, MISSING, DAMAGED = "in place", "missing", "damaged"
+IN_PLACE, MISSING, DAMAGED, OTHER = "in place", "missing", "damaged", "not as published"
 _CHUNK = 1 << 20
 
 
@@ -98,7 +98,8 @@ class State:
 
     Attributes:
         name: of the dataset.
-        state: `IN_PLACE`, `MISSING` or `DAMAGED`.
+        state: `IN_PLACE`, `MISSING`, `DAMAGED`, or `OTHER`: of the right size with other content,
+            damaged or made by somebody else, as CIFAR-10's batches are that were written from JPEG.
         folder: where it is, or where it belongs; "" where no directory was given.
         damaged: the first file that is not as published.
     """
@@ -121,8 +122,8 @@ def look(source: Source, data_dir: Path | None = None) -> State:
     data_dir = data_directory(data_dir)
     found = source.find(data_dir)
     if found is not None:
-        damaged = _damaged(source, found)
-        return State(source.name, DAMAGED if damaged else IN_PLACE, str(found[0].parent), damaged)
+        state, file = _judged(source, found)
+        return State(source.name, state, str(found[0].parent), file)
     jpeg = find_files([JPEG_FILE], source.name, data_dir) if source.name == "cifar10" else None
     if jpeg is not None:
         state, damaged = (IN_PLACE, "") if _readable_jpeg(data_dir) else (DAMAGED, JPEG_FILE)
@@ -156,7 +157,7 @@ def fetch(
         OSError: a file cannot be written.
     """
     mirrors = source.mirrors if mirrors is None else mirrors
-    if (found := source.find(data_dir)) is not None and not _damaged(source, found):
+    if (found := source.find(data_dir)) is not None and _judged(source, found)[0] == IN_PLACE:
         return []
     folder, written = data_dir / source.folder, list[Path]()
     for download in source.downloads:
@@ -203,23 +204,26 @@ def write_whole(path: Path, content: bytes) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def _damaged(source: Source, found: Sequence[Path]) -> str:
-    """The name of the first file that is not as published."""
-    pairs = zip(found, source.files, strict=True)
-    return next((path.name for path, file in pairs if not _good(file, path)), "")
+def _judged(source: Source, found: Sequence[Path]) -> tuple[str, str]:
+    """The state of the files found, and the name of the first that is not as published."""
+    states = ((_state(file, path), path.name) for path, file in zip(found, source.files, strict=True))
+    return next((state for state in states if state[0] != IN_PLACE), (IN_PLACE, ""))
 
 
-def _good(file: File, path: Path) -> bool:
+def _state(file: File, path: Path) -> str:
     try:
-        return file.holds(read_bytes(path))
+        content = read_bytes(path)
     except InputError:
-        return False
+        return DAMAGED
+    if file.holds(content):
+        return IN_PLACE
+    return OTHER if len(content) == file.size else DAMAGED
 
 
 def _kept(file: File, folder: Path) -> bool:
     """Whether a folder has a file as published; where it is there twice, in the form that is read."""
     taken = next((p for p in (folder / file.name, folder / f"{file.name}.gz") if p.is_file()), None)
-    return taken is not None and _good(file, taken)
+    return taken is not None and _state(file, taken) == IN_PLACE
 
 
 def _readable_jpeg(data_dir: Path | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,13 @@ from fedrobust_server.drawing import Vector
 from fedrobust_server.schedule import NONE
 
 from fedrobust.trials import Summary, Trial, summary
-from fedrobust_laboratory.grid import AXES, NO_ATTACK
+from fedrobust_laboratory.grid import AXES, BEST, NO_ATTACK
 
 REFUSED = "refused"
 """In the place of figures: why a run cannot be."""
 
+Figures = Mapping[str, Any]
+"""Of a run, by name."""
 Cells = Mapping[str, Mapping[str, Summary]]
 """By rule, then by attack."""
 
@@ -39,17 +42,18 @@ class Arena:
 
     def percent(self, figure: str = "accuracy_last") -> Cells:
         """A figure in percent, over the seeds; a summary of nothing where no run has it."""
-        found: dict[str, dict[str, list[float]]] = {r: {a: [] for a in self.attacks} for r in self.rules}
+        runs: dict[tuple[str, str], list[Figures]] = defaultdict(list)
         for trial in self.trials:
-            if figure in trial.figures:
-                cell = found[trial.setting["rule"]][trial.setting["attack"]]
-                cell.append(100 * trial.figures[figure])
-        return {r: {a: summary(values) for a, values in row.items()} for r, row in found.items()}
+            runs[trial.setting["rule"], trial.setting["attack"]].append(trial.figures)
+        return {
+            r: {a: summary(100 * value for value in _values(runs[r, a], figure)) for a in self.attacks}
+            for r in self.rules
+        }
 
-    def worst(self) -> dict[str, tuple[str, Summary]]:
-        """For each rule the attack that leaves the lowest mean accuracy, and that."""
+    def worst(self, figure: str = "accuracy_last") -> dict[str, tuple[str, Summary]]:
+        """For each rule the attack that leaves the lowest mean of a figure of accuracy, and that."""
         found = {}
-        for rule, row in self.percent().items():
+        for rule, row in self.percent(figure).items():
             known = {attack: cell for attack, cell in row.items() if cell.count}
             if known:
                 found[rule] = min(known.items(), key=lambda item: item[1].mean)
@@ -71,6 +75,18 @@ class Arena:
                 key = trial.setting["rule"], trial.setting["attack"]
                 found.setdefault(key, []).append(trial)
         return {key: Certified.of(trials) for key, trials in found.items()}
+
+
+def _values(runs: Sequence[Figures], figure: str) -> list[float]:
+    """A figure of each run that has it; the best is of the evaluation at which their mean is highest."""
+    if figure != BEST:
+        return [run[figure] for run in runs if figure in run]
+    curves: Any = [run["curve"] for run in runs if "curve" in run]
+    if not curves:
+        return []
+    accuracy = np.array(curves, float)[:, :, 1]
+    found: list[float] = accuracy[:, accuracy.mean(axis=0).argmax()].tolist()
+    return found
 
 
 @dataclass(frozen=True, eq=False)

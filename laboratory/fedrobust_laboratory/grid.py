@@ -25,6 +25,14 @@ NO_ATTACK = "none"
 AXES = ("dataset", "split", "model", "clients", "eps", "momentum", "attack", "rule", "seed")
 """What is usually varied, in the order of the report."""
 
+BEST = "best"
+COMPARED = {
+    "accuracy": "of the last model",
+    "accuracy_last": "the mean over the last five rounds",
+    BEST: "the best evaluation of the mean over the seeds",
+}
+"""What published accuracies may be, and in words."""
+
 _TASK = [key.name for key in fields(Task)]
 _ELSEWHERE = {
     *("run", "task", "limits", "start", "deadline", "wire", "compression", "durability"),
@@ -55,6 +63,7 @@ class Grid:
         published: accuracies to be shown beside those of runs with the same values, as rows with some
             of the keys and `accuracy`, and perhaps `spread`, in percent. One that names no attack is of
             the worst of them.
+        compared: which accuracy those are, of `COMPARED`.
     """
 
     title: str
@@ -63,6 +72,7 @@ class Grid:
     certify: str = ""
     evaluations: int = 10
     published: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    compared: str = "accuracy_last"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Grid:
@@ -72,7 +82,7 @@ class Grid:
             InputError: an unknown key (the known ones are listed), a value of a wrong kind, or an empty
                 list.
         """
-        known = ("title", "run", "insiders", "certify", "evaluations", "published")
+        known = ("title", "run", "insiders", "certify", "evaluations", "published", "compared")
         for key in values:
             choose(key, known, "key of a grid")
         run = values.get("run", {})
@@ -149,6 +159,7 @@ def _check(values: Mapping[str, Any]) -> None:
             raise InputError(f"{key} of a grid must be {kind.__name__}, got {values[key]!r}")
     if parse_plan(values.get("certify") or "plan").attack:
         raise InputError("certify of a grid certifies; an attack on images is for `fedrobust certify`")
+    choose(values.get("compared", "accuracy_last"), COMPARED, "figure to compare")
     for entry in values.get("published", ()):
         if not isinstance(entry, dict) or not all(
             isinstance(figure, int | float)

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from fedrobust.trials import Summary, Trial, summary
 from fedrobust.trials import table as markdown
 from fedrobust_laboratory.findings import REFUSED, Arena, arenas, ranked
-from fedrobust_laboratory.grid import Grid
+from fedrobust_laboratory.grid import COMPARED, Grid
 from fedrobust_laboratory.radii import FINER, radii_panels
 
 _SHOWN = (
@@ -222,7 +222,7 @@ def _published(trials: Sequence[Trial], grid: Grid) -> Table:
     for entry in grid.published:
         keys = {key: value for key, value in entry.items() if key not in ("accuracy", "spread")}
         matching = arenas([trial for trial in trials if _matches(trial, keys)])
-        worst = [arena.worst().get(rule) for arena in matching for rule in arena.rules]
+        worst = [arena.worst(grid.compared).get(rule) for arena in matching for rule in arena.rules]
         found = [cell for cell in worst if cell is not None]
         if found:
             attack, ours = min(found, key=lambda cell: cell[1].mean)
@@ -231,7 +231,8 @@ def _published(trials: Sequence[Trial], grid: Grid) -> Table:
             told = name if "attack" in keys else f"{name}, worst: {attack}"
             rows.append([told, f"{entry['accuracy']:.1f}{spread}", _figure(ours), str(ours.count)])
     header = ["set-up", "published", "here", "runs"]
-    return Table("Beside the published figures", "Accuracy in percent.", header, rows)
+    caption = f"Accuracy in percent, {COMPARED[grid.compared]}."
+    return Table("Beside the published figures", caption, header, rows)
 
 
 def _matches(trial: Trial, keys: Mapping[str, Any]) -> bool:
@@ -269,14 +270,17 @@ def worst_figure(fields: Sequence[Arena]) -> Figure:
     axes = figure.add_subplot()
     keys = []
     for number, arena in enumerate(fields):
-        style = drawing.STYLES[number % len(drawing.STYLES)]
+        # Each round of colours has its markers shifted, so that no two arenas look alike.
+        turn, index = divmod(number, len(drawing.STYLES))
+        style = drawing.STYLES[index]
+        marker = drawing.STYLES[(index + turn) % len(drawing.STYLES)].marker
         found = [(place, arena.worst().get(rule)) for place, rule in enumerate(rules)]
         known = [(place, cell[1]) for place, cell in found if cell is not None]
         points, *_ = axes.errorbar(
             [cell.mean for _, cell in known],
             [place for place, _ in known],
             xerr=[cell.spread for _, cell in known],
-            fmt=style.marker,
+            fmt=marker,
             color=style.colour,
             alpha=0.85,
             capsize=3,

@@ -137,7 +137,7 @@ def test_published_figures_stay_with_their_set_up(values: dict[str, list[Any]], 
 
 
 def test_the_worst_of_some_attacks_does_not_stand_beside_what_was_published_of_all() -> None:
-    given = read_grid("byzfl").given({"attack": ["sign_flip"]})
+    given = read_grid("byzfl").given({"attack": ["optimal_ipm"]})
     assert not given.published
     asked = Grid("x", tables=[{"attack": ["none", "ipm"]}], published=[{"attack": "ipm", "accuracy": 1}])
     assert asked.given({"attack": ["ipm"]}).published == asked.published
@@ -470,6 +470,33 @@ def test_a_report_shows_what_was_published(tmp_path: Path) -> None:
     assert "| `nnm \\| filter` | **50.0** ipm |" in text
     for name in ("worst", "arena-1"):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 1000
+
+
+def test_published_figures_may_be_of_the_best_evaluation() -> None:
+    """Which is that of the mean over the seeds; each seed's own best would be higher."""
+    curves = [[[10, 0.5], [20, 0.9], [30, 0.6]], [[10, 0.8], [20, 0.3], [30, 0.5]]]
+    trials = [
+        trial("mean", "none", seed, curve=curve, accuracy_last=0.1, accuracy=curve[-1][1])
+        for seed, curve in enumerate(curves)
+    ]
+    shown = {"best": "65.0 ± 21.2", "accuracy": "55.0 ± 7.1", "accuracy_last": "10.0 ± 0.0"}
+    for compared, ours in shown.items():
+        asked = Grid("A title", published=[{"rule": "mean", "accuracy": 70.0}], compared=compared)
+        (table,) = [t for t in page.tables(trials, asked) if t.title == "Beside the published figures"]
+        assert table.rows == [["mean, worst: none", "70.0", ours, "2"]]
+    with pytest.raises(InputError, match="unknown figure to compare 'first'"):
+        Grid.from_dict({"compared": "first"})
+
+
+def test_no_two_arenas_of_a_figure_look_alike() -> None:
+    trials = [
+        trial("mean", "none", accuracy_last=0.5, run={"clients": clients}) for clients in range(10, 26)
+    ]
+    figure = page.worst_figure(arenas(trials))
+    looks = {
+        (bars.lines[0].get_color(), bars.lines[0].get_marker()) for bars in figure.axes[0].containers
+    }
+    assert len(looks) == 16
 
 
 def test_a_report_is_written_where_no_run_of_an_arena_could_be(tmp_path: Path) -> None:

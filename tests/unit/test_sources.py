@@ -28,6 +28,7 @@ from fedrobust.data.sources import (
     DAMAGED,
     IN_PLACE,
     MISSING,
+    OTHER,
     SOURCES,
     Download,
     File,
@@ -129,7 +130,7 @@ def test_only_bad_and_missing_files_are_fetched(mirror: Mirror, tmp_path: Path) 
     (folder / IDX_FILES[1]).write_bytes(b"x" * len(CONTENTS[IDX_FILES[1]]))
     (folder / f"{IDX_FILES[1]}.gz").write_bytes(gzip.compress(CONTENTS[IDX_FILES[1]]))
     (folder / IDX_FILES[2]).write_bytes(CONTENTS[IDX_FILES[2]][:-1])
-    assert look(small(), tmp_path) == State("mnist", DAMAGED, str(folder), IDX_FILES[1])
+    assert look(small(), tmp_path) == State("mnist", OTHER, str(folder), IDX_FILES[1])
     (folder / IDX_FILES[3]).unlink()
     assert look(small(), tmp_path).state == MISSING
     mirror.asked.clear()
@@ -235,8 +236,10 @@ def test_an_archive_is_unpacked_to_its_files_alone(mirror: Mirror, tmp_path: Pat
     data = load("cifar10", data_dir)
     assert (data.train_y.tolist(), data.test_y.tolist()) == ([0, 1, 2, 3, 4], [5])
     assert look(source, data_dir).state == IN_PLACE
-    (data_dir / "cifar-10-batches-bin" / "data_batch_3.bin").write_bytes(bytes(3073))
-    assert look(source, data_dir).damaged == "data_batch_3.bin"
+    third = data_dir / "cifar-10-batches-bin" / "data_batch_3.bin"
+    for content, state in ((bytes(3073), OTHER), (bytes(3072), DAMAGED)):
+        third.write_bytes(content)
+        assert look(source, data_dir) == State("cifar10", state, str(third.parent), third.name)
     assert [p.name for p in fetch(source, data_dir, mirrors=[mirror.url])] == ["data_batch_3.bin"]
 
 
@@ -352,6 +355,8 @@ def test_real_files_are_as_published(
     state = look(SOURCES[name])
     if state.state == MISSING:
         pytest.skip(f"no {name} to check in {os.environ['FEDROBUST_DATA']}")
+    if state.state == OTHER:
+        pytest.skip(f"{state.damaged} in {state.folder} is not the published file")
     assert state.state == IN_PLACE
     if SOURCES[name].find(Path(os.environ["FEDROBUST_DATA"])) is None:
         return  # CIFAR-10 as JPEG

@@ -41,9 +41,8 @@ def _measure_all(store: Store, options: argparse.Namespace) -> None:
 
 def _hostile(store: Store, options: argparse.Namespace) -> None:
     for shape in HOSTILE:
-        for kind in [PLAIN, *KINDS]:
-            chosen = _chosen(list(cases.ours(shape, bare=False)), options.only)
-            measure(store, shape, chosen, options.repetitions, kind)
+        chosen = _chosen(list(cases.ours(shape, bare=False)), options.only)
+        measure(store, shape, chosen, options.repetitions, [PLAIN, *KINDS])
 
 
 def _chosen(found: Sequence[cases.Case], only: Sequence[str]) -> list[cases.Case]:

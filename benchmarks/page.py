@@ -32,8 +32,9 @@ Written by `python -m benchmarks` (`make bench`); do not edit by hand.
 
 A run that is stopped goes on where it was: samples are kept in `build/benchmarks`, one file for each
 state of the code, the libraries and the machine. Within one process every repetition runs every case
-once, in an order that rotates. Times are medians; ratios are ratios of medians of the same run. An
-asterisk marks a single run without warm-up: a case that takes more than ten seconds is not repeated.
+once, in an order that rotates, and a case of less than 50 ms is repeated five times as often. Times are
+medians; ratios are ratios of medians of the same run. An asterisk marks a single run without warm-up: a
+case that takes more than ten seconds is not repeated.
 Extra memory is the largest resident size during a call less that before it{sampled}.
 
 Rows are standard Gaussian float32; a fifth of them, shifted by 0.05, count as malicious. ByzFL gets

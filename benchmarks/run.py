@@ -17,6 +17,8 @@ from benchmarks.store import Key, Store
 
 SLOW = 10.0
 """A case whose first run takes longer, in seconds, is not repeated."""
+SHORT, OFTEN = 0.05, 5
+"""One whose first run takes less, in seconds, is repeated so many times as often: its time varies."""
 SHARE = 0.85
 """How much of the memory that is free a case may ask for."""
 
@@ -28,28 +30,30 @@ def measure(
     shape: Shape,
     cases: Sequence[Case],
     repetitions: int,
-    kind: str = PLAIN,
+    kinds: Sequence[str] = (PLAIN,),
     report: Report = print,
 ) -> None:
-    """Fill the store with what it lacks: a first run of each case, then the repetitions."""
-    for case in cases:
+    """Fill the store with what it lacks: a first run of each case, then the repetitions.
+
+    A case meets one kind of rows after the other, so that they can be compared as well.
+    """
+    every = [(case, kind, (str(shape), kind, case.name)) for case in cases for kind in kinds]
+    for case, _, key in every:
         if case.reason:
-            _skip(store, (str(shape), kind, case.name), case.reason)
-    pending = [case for case in cases if _lacks(store, (str(shape), kind, case.name), repetitions)]
-    if not pending:
-        return
-    X = make(shape, kind)
-    for repetition in range(repetitions + 1):
-        start = repetition * len(pending) // (repetitions + 1)
-        for case in [*pending[start:], *pending[:start]]:
-            _once(store, (str(shape), kind, case.name), case, X, repetition, report)
+            _skip(store, key, case.reason)
+    pending = [one for one in every if _lacks(store, one[2], repetitions)]
+    rows = {kind: make(shape, kind) for kind in dict.fromkeys(kind for _, kind, _ in pending)}
+    rounds = OFTEN * repetitions + 1
+    for repetition in range(rounds):
+        start = repetition * len(pending) // rounds
+        for case, kind, key in [*pending[start:], *pending[:start]]:
+            if repetition <= _wanted(store, key, repetitions):
+                _once(store, key, case, rows[kind], repetition, report)
 
 
 def _once(store: Store, key: Key, case: Case, X: Tensor, repetition: int, report: Report) -> None:
     taken = store.samples[key]
     if key in store.skipped or repetition in taken:
-        return
-    if repetition and 0 in taken and taken[0].wall > SLOW:
         return
     # Only what the page does not know yet needs room; the rows are there already.
     if case.memory > SHARE * available():
@@ -66,9 +70,18 @@ def _once(store: Store, key: Key, case: Case, X: Tensor, repetition: int, report
 
 
 def _lacks(store: Store, key: Key, repetitions: int) -> bool:
-    taken = store.samples.get(key, {})
-    done = len(taken) > repetitions or (0 in taken and taken[0].wall > SLOW)
+    done = len(store.samples.get(key, {})) > _wanted(store, key, repetitions)
     return key not in store.skipped and not done
+
+
+def _wanted(store: Store, key: Key, repetitions: int) -> int:
+    """How often a case is repeated after its first run."""
+    first = store.samples.get(key, {}).get(0)
+    if first is None:
+        return repetitions
+    if first.wall > SLOW:
+        return 0
+    return OFTEN * repetitions if first.wall < SHORT else repetitions
 
 
 def _skip(store: Store, key: Key, reason: str) -> None:

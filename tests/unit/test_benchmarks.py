@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks import certification, contestants, page, simulations, statistics
 from benchmarks.cases import Case, cases, ours
 from benchmarks.measure import Sample, sample
 from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
-from benchmarks.run import measure
+from benchmarks.run import OFTEN, SHORT, measure
 from benchmarks.store import Store
 
 SMALL = Shape(10, 2000)
@@ -36,9 +37,23 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
         file.write('{"shape": "cut of')
     path.write_text(path.read_text().rsplit("\n", 1)[0] + "\n")
     measure(Store(path), SMALL, ran, 1, report=quiet)
-    assert calls == ["a/x", "a/x", "a/y", "a/y"]
+    often = 1 + OFTEN  # a first run, and a short case's repetitions
+    assert calls == ["a/x"] * often + ["a/y"] * often
     store = Store(path)
-    assert {key[2]: len(taken) for key, taken in store.samples.items()} == {"a/x": 2, "a/y": 2}
+    assert {key[2]: len(taken) for key, taken in store.samples.items()} == {"a/x": often, "a/y": often}
+
+
+def test_short_cases_meet_each_kind_of_rows_in_turn_and_often(tmp_path: Path) -> None:
+    calls: list[tuple[str, bool]] = []
+    ran = [
+        Case("a/x", lambda X: calls.append(("x", bool(X.abs().max() > 1e20)))),
+        Case("a/y", lambda X: (calls.append(("y", bool(X.abs().max() > 1e20))), time.sleep(SHORT))),
+    ]
+    measure(Store(tmp_path / "samples.jsonl"), SMALL, ran, 1, [PLAIN, "1e30"], report=quiet)
+    assert calls[:4] == [("x", False), ("x", True), ("y", False), ("y", True)]
+    assert {call: calls.count(call) for call in calls[:4]} == {
+        call: 2 if call[0] == "y" else 1 + OFTEN for call in calls[:4]
+    }
 
 
 def test_what_needs_too_much_memory_or_refuses_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,9 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
     certify.add_argument(
         "--common", action="store_true", help="with --plot: of the images that all logs have only"
     )
+    certify.add_argument(
+        "--step", type=float, help="with --plot: between the radii of the table, above 0 [0.25]"
+    )
     certify.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
     certify.add_argument("--data-dir", type=Path, help="where datasets are [$FEDROBUST_DATA]")
 
@@ -121,8 +126,8 @@ def _certify(options: argparse.Namespace) -> int:
         raise InputError(f"--to must name a file, got the folder {options.to}")
     if options.plot:
         return _plot(options)
-    if options.attacked or options.common:
-        raise InputError("--attacked and --common go with --plot LOG")
+    if options.attacked or options.common or options.step is not None:
+        raise InputError("--attacked, --common and --step go with --plot LOG")
     if options.model is None:
         raise InputError("say whose model, by the folder of a run or of a training; or --plot LOG")
     plan = Plan(**given_fields(options, Plan))
@@ -173,19 +178,35 @@ def _plot(options: argparse.Namespace) -> int:
         raise InputError(f"--plot draws logs as they are: leave out {', '.join(idle)}")
     if picture.suffix != ".png":
         raise InputError(f"--to {picture}: the picture is a PNG; name it {picture.with_suffix('.png')}")
-    logs = {name: read_certified(path) for name, path in _named(options.plot).items()}
-    if options.common:
-        logs = dict(zip(logs, common(list(logs.values())), strict=True))
+    if options.step is not None and not 0.01 <= options.step < math.inf:
+        raise InputError(f"--step must be 0.01 or more, got {options.step}")
+    named = _named(options.plot)
+    empty = [name for name, path in named.items() if _is_empty(path)]
+    for name in empty if len(empty) < len(named) else []:  # none at all is an error
+        print(f"left out {name}, which holds no image", file=sys.stderr)  # noqa: T201
+        del named[name]
+    logs = {name: read_certified(path) for name, path in named.items()}
     attacked = [read_attacked(path) for path in options.attacked or ()]
     if attacked and len(logs) > 1:
         raise InputError("--attacked is drawn beside one log, give --plot just that of the same model")
-    for path in options.attacked or ():
-        require_alike(options.plot[0], path)
+    for path, log in zip(options.attacked or (), attacked, strict=True):
+        require_alike(next(iter(named.values())), path)
+        if not options.common and set(log.idx) != set(next(iter(logs.values())).idx):
+            raise InputError(f"{path} is of other images than {options.plot[0]}: add --common")
+    if options.common:
+        found = common([*logs.values(), *attacked])
+        logs, attacked = dict(zip(logs, found, strict=False)), found[len(logs) :]
     figure = radii_figure(logs, attacked)
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(drawing.to_png(figure))
-    _show(logs, picture, as_json=options.json)
+    _show(logs, picture, as_json=options.json, step=options.step)
     return 0
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a log has no lines, or its first one alone, as some published ones."""
+    first, _, rest = path.read_bytes().partition(b"\n") if path.is_file() else (b"?", b"", b"")
+    return not rest.strip() and (not first or first.startswith(b"idx"))
 
 
 def _named(paths: list[Path]) -> dict[str, Path]:
@@ -197,22 +218,27 @@ def _named(paths: list[Path]) -> dict[str, Path]:
     raise InputError("the same log is given twice")
 
 
-def _show(logs: dict[str, Log], written: Path, *, as_json: bool) -> None:
-    from fedrobust_laboratory.radii import radii_of, radii_table
+def _show(logs: dict[str, Log], written: Path, *, as_json: bool, step: float | None = None) -> None:
+    from fedrobust_laboratory.radii import BEST, STEP, radii_of, radii_table
 
-    from fedrobust.smoothing import certified_accuracy
+    from fedrobust.smoothing import envelope
 
+    step = step or STEP
     if not as_json:
-        print(f"{radii_table(logs)}\n\n{written}")  # noqa: T201
+        print(f"{radii_table(logs, step)}\n\n{written}")  # noqa: T201
         return
+
+    def accuracy(some: list[Log]) -> dict[str, float]:
+        radii = radii_of(some, step)
+        found = envelope(some, radii)
+        return dict(zip(map(str, radii.tolist()), found.tolist(), strict=True))
+
     for name, log in logs.items():
-        radii = radii_of([log])
-        found = certified_accuracy(log, radii)
-        line = {
-            "log": name,
+        figures = {
             "images": len(log),
             "average_radius": log.average_radius,
             "abstained": log.abstained,
-            "certified_accuracy": dict(zip(map(str, radii.tolist()), found.tolist(), strict=True)),
         }
-        print(json.dumps(line))  # noqa: T201
+        print(json.dumps({"log": name, **figures, "certified_accuracy": accuracy([log])}))  # noqa: T201
+    if len(logs) > 1:
+        print(json.dumps({"log": BEST, "certified_accuracy": accuracy(list(logs.values()))}))  # noqa: T201

@@ -270,17 +270,14 @@ def worst_figure(fields: Sequence[Arena]) -> Figure:
     axes = figure.add_subplot()
     keys = []
     for number, arena in enumerate(fields):
-        # Each round of colours has its markers shifted, so that no two arenas look alike.
-        turn, index = divmod(number, len(drawing.STYLES))
-        style = drawing.STYLES[index]
-        marker = drawing.STYLES[(index + turn) % len(drawing.STYLES)].marker
+        style = drawing.style(number)
         found = [(place, arena.worst().get(rule)) for place, rule in enumerate(rules)]
         known = [(place, cell[1]) for place, cell in found if cell is not None]
         points, *_ = axes.errorbar(
             [cell.mean for _, cell in known],
             [place for place, _ in known],
             xerr=[cell.spread for _, cell in known],
-            fmt=marker,
+            fmt=style.marker,
             color=style.colour,
             alpha=0.85,
             capsize=3,

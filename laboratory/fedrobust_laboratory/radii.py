@@ -19,22 +19,25 @@ from fedrobust.trials import table
 Floats = npt.NDArray[np.float64]
 STEP = 0.25
 """Between the radii of a table."""
+BEST = "best at each radius"
 FINER = 5
 """So many radii of a grid's curves make a step."""
+_HALF = 34
+"""So many characters of a name fit half of a legend's width."""
 
 
-def radii_of(logs: Sequence[Log]) -> Floats:
+def radii_of(logs: Sequence[Log], step: float = STEP) -> Floats:
     """The radii of a table: 0, and on in equal steps to the largest that is certified."""
     last = max(float(log.radius.max(initial=0.0)) for log in logs)
-    return np.linspace(0.0, STEP * (count := math.floor(last / STEP)), count + 1)
+    return np.linspace(0.0, step * (count := math.floor(last / step)), count + 1)
 
 
-def radii_table(logs: Mapping[str, Log]) -> str:
+def radii_table(logs: Mapping[str, Log], step: float = STEP) -> str:
     """Markdown: each log's certified accuracy in percent by radius, its average radius, abstentions.
 
     Several logs have a last row, the best of them at each radius.
     """
-    radii = radii_of(list(logs.values()))
+    radii = radii_of(list(logs.values()), step)
     rows = [
         [
             name,
@@ -46,7 +49,7 @@ def radii_table(logs: Mapping[str, Log]) -> str:
         for name, log in logs.items()
     ]
     if len(logs) > 1:
-        rows.append(["best at each radius", *_percent(envelope(list(logs.values()), radii)), "", "", ""])
+        rows.append([BEST, *_percent(envelope(list(logs.values()), radii)), "", "", ""])
     header = ["certified accuracy, %, at radius", *(f"{r:g}" for r in radii)]
     return table([*header, "average radius", "abstained, %", "images"], rows)
 
@@ -63,13 +66,16 @@ def radii_figure(logs: Mapping[str, Log], attacked: Sequence[Log] = ()) -> Figur
         attacked: logs of attacks on the first one's model, one for each eps: what is withstood is drawn
             as a dotted line in its colour.
     """
+    columns = 2 if max(map(len, logs)) <= _HALF else 1
+    lines = -(-(len(logs) + bool(attacked)) // columns)
     figure = Figure(
-        figsize=(drawing.WIDTH, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.1), facecolor="white"
+        figsize=(drawing.WIDTH, 3.6 + 0.22 * lines),
+        layout=ConstrainedLayoutEngine(w_pad=0.1),
+        facecolor="white",
     )
     axes = figure.add_subplot()
     keys = [
-        _curve(axes, name, log, drawing.STYLES[number % len(drawing.STYLES)])
-        for number, (name, log) in enumerate(logs.items())
+        _curve(axes, name, log, drawing.style(number)) for number, (name, log) in enumerate(logs.items())
     ]
     if attacked:
         found = sorted((float(log.radius.max()), float(log.correct.mean())) for log in attacked)
@@ -79,7 +85,7 @@ def radii_figure(logs: Mapping[str, Log], attacked: Sequence[Log] = ()) -> Figur
         keys.append(dots)
     _dress(axes)
     drawing.percent(axes, "certified accuracy")
-    return drawing.finish(figure, keys)
+    return drawing.finish(figure, keys, columns)
 
 
 def radii_panels(panels: Mapping[str, Mapping[str, tuple[Floats, Floats]]]) -> Figure:
@@ -98,7 +104,7 @@ def radii_panels(panels: Mapping[str, Mapping[str, tuple[Floats, Floats]]]) -> F
     keys: dict[str, Artist] = {}
     for axes, (title, lines) in zip(found, panels.items(), strict=True):
         for name, (radii, accuracy) in lines.items():
-            style = drawing.STYLES[names.index(name) % len(drawing.STYLES)]
+            style = drawing.style(names.index(name))
             keys[name] = drawing.line(axes, radii.tolist(), accuracy, style, drawing.plain(name, 60))
         axes.set_title(drawing.plain(title, 34), loc="left", fontsize=9, color=drawing.INK)
         _dress(axes)

@@ -52,6 +52,16 @@ STYLES = [
 ]
 
 
+def style(number: int) -> Style:
+    """The number-th of many lines or markers, from 0, so that the first 36 differ in more than a colour.
+
+    Each round of colours has its dashes and markers shifted.
+    """
+    turn, index = divmod(number, len(STYLES))
+    shifted = STYLES[(index + turn) % len(STYLES)]
+    return Style(STYLES[index].colour, shifted.dashes, shifted.marker)
+
+
 def panel(title: str, rounds: Sequence[int], height: float = 3.9) -> tuple[Figure, Axes]:
     """An empty figure with one set of axes and the rounds along the bottom."""
     figure = Figure(

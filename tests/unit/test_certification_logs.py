@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fedrobust_laboratory.radii import radii_figure
+from fedrobust_server import drawing
 
 from fedrobust.cli import main
 from fedrobust.data.files import ENVIRONMENT_VARIABLE
@@ -163,10 +165,52 @@ def test_logs_are_named_by_their_files(tmp_path: Path, capsys: pytest.CaptureFix
         file.write(f"{Entry(80, 1, 1, 9.0, 1.0).line()}\n")
     for options, images in ((), [5, 4]), (("--common",), [4, 4]):
         assert main(["certify", "--json", "--plot", *logs[:2], "--to", picture, *options]) == 0
-        told = [json.loads(line)["images"] for line in capsys.readouterr().out.splitlines()]
-        assert told == images
+        told = [json.loads(line).get("images") for line in capsys.readouterr().out.splitlines()]
+        assert told == [*images, None]  # the last one is the best of both
     assert main(["certify", str(tmp_path), "--common"]) == 2
     assert "go with --plot" in capsys.readouterr().err
+
+
+def test_an_empty_log_is_left_out_and_radii_are_as_fine_as_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some published logs have no line, others their first one alone."""
+    (tmp_path / "nothing").touch()
+    begun(tmp_path / "begun")
+    begun(full := tmp_path / "full")
+    with full.open("a") as file:
+        file.writelines(f"{entry.line()}\n" for entry in ENTRIES)
+    (tmp_path / "other").write_text("no log")
+    plot = ["certify", "--json", "--to", str(tmp_path / "radii.png"), "--plot"]
+    logs = [str(tmp_path / name) for name in ("nothing", "full", "begun")]
+    assert main([*plot, *logs, "--step", "0.125"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "left out nothing, which holds no image\nleft out begun, which holds no image\n"
+    (line,) = map(json.loads, out.splitlines())
+    radii = list(map(float, line["certified_accuracy"]))
+    assert radii[:3] == [0.0, 0.125, 0.25]
+    for arguments, said in (
+        ([logs[0]], "lacks the column idx"),
+        ([logs[2]], "holds no image yet"),
+        ([logs[1], str(tmp_path / "other")], "lacks the column idx"),
+        ([logs[1], "--step", "0"], "--step must be 0.01 or more, got 0.0"),
+    ):
+        assert main([*plot, *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "lines"), [(37, 37), (8, 8)])
+@pytest.mark.filterwarnings("error")
+def test_the_figure_of_many_logs_has_room_for_them(names: int, lines: int) -> None:
+    logs = {f"cifar10/cohen/resnet110/noise_{i:02d}": Log.of(ENTRIES) for i in range(names)}
+    figure = radii_figure(logs)
+    drawing.to_png(figure)
+    (axes,) = figure.axes
+    legend = figure.legends[0].get_window_extent()
+    assert axes.get_window_extent().y0 > legend.y1
+    assert legend.x1 <= figure.bbox.x1
+    drawn = axes.get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) >= min(lines, 24)
 
 
 def test_a_log_of_an_attack_is_no_log_of_certificates(
@@ -192,6 +236,10 @@ def test_a_log_of_an_attack_is_no_log_of_certificates(
     other = tmp_path / "other.tsv"
     other.write_bytes((tmp_path / "l2.tsv").read_bytes())
     other.with_name("other.tsv.toml").write_text('sigma = 0.25\nattack = "pgd(0.5)"\n')
+    begun(fewer := tmp_path / "fewer.tsv")
+    with fewer.open("a") as file:
+        file.writelines(f"{entry.line()}\n" for entry in ENTRIES[1:])
+    fewer.with_name("fewer.tsv.toml").write_bytes((tmp_path / "l2.tsv.toml").read_bytes())
     for logs, said in (
         (("certified", "other"), "other.tsv is no log of an attack on what"),
         (("certified", "l2", "other"), "its sigma is 0.25, not 0.5; leave it out"),
@@ -200,6 +248,7 @@ def test_a_log_of_an_attack_is_no_log_of_certificates(
             "l2.tsv is a log of the attack pgd(0.5), which certifies nothing: give it to --attacked",
         ),
         (("certified", "certified"), "certified.tsv is a log of certificates: give it to --plot"),
+        (("certified", "fewer"), "fewer.tsv is of other images than"),
         (("certified", "linf"), "linf.tsv is a log of pgd(0.1, norm='linf'), whose eps is no l2 radius"),
     ):
         code, told = plot(*logs)

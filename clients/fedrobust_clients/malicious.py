@@ -90,6 +90,7 @@ class Coalition:
                 see_earlier=self._recall if self._own else None,
                 rule=self._rule,
                 eps=self._eps,
+                see_model=lambda: model,
             )
             rng = np.random.default_rng(self._task.entropy(_ATTACK, number))
             self._last = number, self._attack(view, rng)

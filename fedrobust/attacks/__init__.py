@@ -4,7 +4,9 @@ from fedrobust.attacks.adaptive import Adaptive
 from fedrobust.attacks.alie import ALIE, OptimalALIE
 from fedrobust.attacks.attack import Attack, Targeted, success_rate
 from fedrobust.attacks.backdoor import Backdoor, Trigger
+from fedrobust.attacks.chain import Chain
 from fedrobust.attacks.edge_case import EdgeCase, RareAsTarget
+from fedrobust.attacks.fang import Fang, FangKrum
 from fedrobust.attacks.gaussian import Gaussian
 from fedrobust.attacks.inf import Inf
 from fedrobust.attacks.ipm import IPM, OptimalIPM
@@ -15,6 +17,7 @@ from fedrobust.attacks.nan import NaN
 from fedrobust.attacks.replay import Replay
 from fedrobust.attacks.search import Found, worst_error
 from fedrobust.attacks.sign_flip import SignFlip
+from fedrobust.attacks.sign_shuffle import SignShuffle
 from fedrobust.attacks.slow import Slow
 from fedrobust.attacks.tail import Tail
 from fedrobust.attacks.view import View
@@ -35,6 +38,10 @@ CATALOG: dict[str, type[Attack]] = {
     "slow": Slow,
     "min_max": MinMax,
     "min_sum": MinSum,
+    "fang": Fang,
+    "fang_krum": FangKrum,
+    "sign_shuffle": SignShuffle,
+    "chain": Chain,
     "tail": Tail,
     "optimal_ipm": OptimalIPM,
     "optimal_alie": OptimalALIE,
@@ -63,7 +70,10 @@ __all__ = [
     "Adaptive",
     "Attack",
     "Backdoor",
+    "Chain",
     "EdgeCase",
+    "Fang",
+    "FangKrum",
     "FlippedLabels",
     "Found",
     "Gaussian",
@@ -79,6 +89,7 @@ __all__ = [
     "Relabelled",
     "Replay",
     "SignFlip",
+    "SignShuffle",
     "Slow",
     "Tail",
     "Targeted",

@@ -21,7 +21,8 @@ class View:
 
     That laziness is the point: what an attack does not look at costs nothing, and which parts it
     looks at is how strong a threat it needs. `own`, `earlier` and `train` need only the coalition's own
-    data; `honest` needs to read everybody's traffic; `rule` and `eps` need to know the server's defence.
+    data, `model` what is broadcast to everybody; `honest` needs to read everybody's traffic; `rule` and
+    `eps` need to know the server's defence.
 
     Attributes:
         round: the number of the round.
@@ -38,6 +39,7 @@ class View:
         eps: the malicious fraction that the server assumes where the rule names none; None if the
             coalition does not know.
         seed: of what the rule draws in this round.
+        see_model: makes the broadcast model, (d,); None where there is none.
     """
 
     round: int
@@ -52,6 +54,7 @@ class View:
     rule: Aggregator | None = None
     eps: float | None = None
     seed: int = 0
+    see_model: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.malicious < self.clients:
@@ -70,6 +73,7 @@ class View:
         earlier: Sequence[Tensor] = (),
         rule: Aggregator | None = None,
         eps: float | None = None,
+        model: Tensor | npt.ArrayLike | None = None,
     ) -> View:
         """A view of given updates, to try an attack without training anything.
 
@@ -80,11 +84,14 @@ class View:
             earlier: `own` of earlier rounds, each (f, d) float32, the last round first.
             rule: how the server aggregates.
             eps: the malicious fraction that the server assumes.
+            model: (d,) the broadcast model.
 
         Raises:
-            InputError: the shapes are wrong. `train` raises it too: there is nothing to train.
+            InputError: the shapes are wrong. `train` raises it too: there is nothing to train. So does
+                `model` if none is given.
         """
         kept, mine = (torch.as_tensor(rows, dtype=torch.float32) for rows in (honest, own))
+        start = None if model is None else torch.as_tensor(model, dtype=torch.float32)
         if kept.ndim != 2 or mine.ndim != 2:
             raise InputError(
                 f"honest has shape {tuple(kept.shape)} and own {tuple(mine.shape)}; "
@@ -102,6 +109,7 @@ class View:
             see_earlier=(lambda age: earlier[min(age, len(earlier)) - 1]) if earlier else None,
             rule=rule,
             eps=eps,
+            see_model=None if start is None else lambda: start,
         )
         view._checked(mine, view.malicious, "own")
         return view
@@ -115,6 +123,22 @@ class View:
     def own(self) -> Tensor:
         """(f, d) float32: what the malicious clients would send if they were honest."""
         return self._checked(self.see_own(), self.malicious, "own")
+
+    @cached_property
+    def model(self) -> Tensor:
+        """(d,) float32: the broadcast model, from which all updates are counted."""
+        if self.see_model is None:
+            raise InputError(
+                "this attack looks at the broadcast model, but the view has none; "
+                "construct View with see_model, or View.of with model"
+            )
+        model = self.see_model()
+        if model.shape != (self.size,) or model.dtype != torch.float32:
+            raise InputError(
+                f"the view's model has shape {tuple(model.shape)} and type {model.dtype}, "
+                f"expected ({self.size},) and torch.float32"
+            )
+        return model
 
     def earlier(self, age: int) -> Tensor:
         """(f, d) float32: `own` as it was `age` >= 1 rounds ago, or in the first round."""

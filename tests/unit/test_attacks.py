@@ -21,6 +21,8 @@ from fedrobust.attacks import (
     Attack,
     Backdoor,
     EdgeCase,
+    Fang,
+    FangKrum,
     FlippedLabels,
     Gaussian,
     Inf,
@@ -47,7 +49,7 @@ from fedrobust.training import FREE, Leash, Poison
 ATTACKS = [cls() for cls in CATALOG.values()]
 VARIANTS = [
     *ATTACKS,
-    *(SignFlip(3.0), Gaussian(0.5), IPM(0.5), ALIE(1.5), ALIE(-2.0), Mimic(1), Inf(finite=True)),
+    *(SignFlip(3.0), IPM(0.5), ALIE(1.5), ALIE(-2.0), Mimic(1), Inf(finite=True)),
     *(
         MinMax("unit"),
         MinSum("sign"),
@@ -59,6 +61,7 @@ VARIANTS = [
     ),
     *(LabelFlip(7, 1), Backdoor(1, scale=4.0, reach=2.5, parts=2), Backdoor(fraction=1.0, size=2)),
     *(Backdoor(alpha=0.5), EdgeCase(3, 8, tail=0.1, reach=2.0), EdgeCase(scale=1.0, alpha=0.7)),
+    *(Gaussian(0.5), Fang(1.5), Fang(3.0, models=True), FangKrum(0.1)),
 ]
 
 
@@ -101,6 +104,7 @@ def watched(looked: list[str]) -> View:
         see_earlier=see("earlier", 2),
         rule=parse_rule("multi_krum"),
         eps=0.25,
+        see_model=lambda: rows(1, 4)[0],
     )
 
 
@@ -118,6 +122,10 @@ SEES = {  # without arguments
     "slow": [],
     "min_max": ["honest"],
     "min_sum": ["honest"],
+    "fang": ["honest"],
+    "fang_krum": ["honest"],
+    "sign_shuffle": ["honest"],
+    "chain": ["honest"],
     "tail": ["honest"],
     "optimal_ipm": ["honest"],
     "optimal_alie": ["honest"],
@@ -139,7 +147,7 @@ def test_attack_looks_only_at_what_it_says_and_once(attack: Attack) -> None:
 class Watched(View):
     """A view that writes down which of its parts were looked at, worked out or not."""
 
-    PARTS = frozenset({"honest", "own", "earlier", "train", "rule", "eps", "classes"})
+    PARTS = frozenset({"honest", "own", "earlier", "train", "rule", "eps", "classes", "model"})
 
     def __getattribute__(self, name: str) -> Any:
         if name in Watched.PARTS:
@@ -170,6 +178,7 @@ def parts_seen(attack: Attack) -> set[str]:
         see_trained=lambda *_: rows(2, 4),
         rule=parse_rule("multi_krum"),
         eps=0.25,
+        see_model=lambda: rows(1, 4)[0],
     )
     attack(seen, rng())
     return honest.looked
@@ -223,6 +232,7 @@ def view_of(honest: Tensor, own: Tensor) -> View:
         see_trained=lambda *_: own,
         rule=parse_rule("geometric_median"),
         eps=0.4,
+        see_model=own[0].clone,
     )
 
 
@@ -257,7 +267,7 @@ def test_catalogue_names_are_the_classes_own() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ipn", "did you mean ipm.*adaptive, alie, backdoor, edge_case, gaussian.*zero"),
+        ("ipn", "did you mean ipm.*adaptive, alie, backdoor, chain, edge_case, fang.*zero"),
         ("ipm(epsilon=1)", "unknown argument of ipm.*scale"),
         ("ipm(0)", "scale must be above 0"),
         ("sign_flip(scale=-1)", "scale must be above 0"),
@@ -273,6 +283,11 @@ def test_catalogue_names_are_the_classes_own() -> None:
         ("min_max('std2')", "unknown direction of min_max 'std2'.*did you mean std.*sign, std, unit"),
         ("min_sum(1)", "direction must be str"),
         ("tail('up')", "unknown direction of tail"),
+        ("fang(1)", "factor must be above 1"),
+        ("fang(models=1)", "models must be bool"),
+        ("fang_krum(0)", "threshold must be above 0"),
+        ("sign_shuffle(1)", "takes 0 arguments"),
+        ("chain(1)", "takes 0 arguments"),
         ("optimal_ipm(5)", "budget must be at least 6"),
         ("optimal_alie(0)", "budget must be at least 6"),
         ("adaptive(49)", "budget must be at least 50"),
@@ -464,6 +479,15 @@ def test_view_checks_what_it_is_given() -> None:
         wrong.train(FlippedLabels(2))
     with pytest.raises(InputError, match=r"earlier updates have shape \(1, 4\)"):
         View.of(rows(3, 5), rows(1, 5), earlier=[rows(1, 4)]).earlier(1)
+
+
+def test_the_broadcast_model_must_be_given_to_those_who_look_at_it() -> None:
+    attack = Fang(models=True)
+    with pytest.raises(InputError, match="the view has none; construct View with see_model"):
+        attack(view(), rng())
+    with pytest.raises(InputError, match=r"model has shape \(4,\).*expected \(5,\)"):
+        attack(View.of(rows(5, 5), rows(2, 5), model=np.zeros(4)), rng())
+    assert attack(View.of(rows(5, 5), rows(2, 5), model=np.zeros(5)), rng()).shape == (2, 5)
 
 
 def test_view_of_numpy_arrays() -> None:

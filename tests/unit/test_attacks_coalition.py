@@ -65,12 +65,13 @@ def test_replay_sends_what_was_honest_then(digits: Dataset, momentum: float, age
         torch.testing.assert_close(coalition.rows(r, model), honest[max(r - age, 0)])
 
 
-def test_the_coalition_knows_the_rule_if_it_is_told(digits: Dataset) -> None:
+def test_the_coalition_knows_the_model_and_the_rule_if_it_is_told(digits: Dataset) -> None:
     (model,) = models(1, len(to_vector(TASK.build_model(digits))))
     Spy.views.clear()
     Coalition(TASK, digits, 2, Spy()).rows(0, model)
     Coalition(TASK, digits, 2, Spy(), rule=parse_rule("krum"), eps=0.1).rows(0, model)
     assert [(v.rule, v.eps) for v in Spy.views] == [(None, None), (parse_rule("krum"), 0.1)]
+    assert all(torch.equal(v.model, model) for v in Spy.views)
     with pytest.raises(InputError, match="tries its rows on the server's rule"):
         Coalition(TASK, digits, 2, Adaptive(50)).rows(0, model)
     rule = parse_rule("geometric_median")

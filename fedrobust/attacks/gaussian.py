@@ -16,20 +16,24 @@ from fedrobust.attacks.view import View
 class Gaussian(Attack):
     """Noise: every entry is drawn from N(0, (scale * r)^2), with r the RMS of the own updates.
 
+    In the place of what the clients would honestly send, or added to it.
+
     Sees: `own`.
 
     Source: Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine Learning with Adversaries: Byzantine
     Tolerant Gradient Descent", NeurIPS 2017 ("Gaussian Byzantine"). Deviation: there the
     standard deviation is 200 whatever the problem; relative to an honest update the default means
-    the same on every model.
+    the same on every model. Added noise is what Flower's baseline FLANDERS has.
 
     Attributes:
         scale: above 0.
+        added: add the noise to the own updates.
     """
 
     name = "gaussian"
 
     scale: float = 10.0
+    added: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,4 +43,5 @@ class Gaussian(Attack):
         """Draw noise of the shape of the coalition's updates."""
         noise = rng.standard_normal((view.malicious, view.size), dtype=np.float32)
         deviation = self.scale * view.own.square().mean().sqrt()
-        return torch.from_numpy(noise).to(view.own.device) * deviation
+        rows = torch.from_numpy(noise).to(view.own.device) * deviation
+        return view.own + rows if self.added else rows

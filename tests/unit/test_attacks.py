@@ -61,7 +61,7 @@ VARIANTS = [
     ),
     *(LabelFlip(7, 1), Backdoor(1, scale=4.0, reach=2.5, parts=2), Backdoor(fraction=1.0, size=2)),
     *(Backdoor(alpha=0.5), EdgeCase(3, 8, tail=0.1, reach=2.0), EdgeCase(scale=1.0, alpha=0.7)),
-    *(Gaussian(0.5), Fang(1.5), Fang(3.0, models=True), FangKrum(0.1)),
+    *(Gaussian(0.5), Gaussian(added=True), Fang(1.5), Fang(3.0, models=True), FangKrum(0.1)),
 ]
 
 
@@ -328,6 +328,7 @@ def test_gaussian_has_the_stated_size() -> None:
     assert float(sent.std()) == pytest.approx(3 * rms, rel=0.01)
     assert abs(float(sent.mean())) < 0.02 * rms * 3
     assert not torch.equal(sent[0], sent[1])
+    assert torch.equal(Gaussian(3.0, added=True)(seen, rng()), seen.own + sent)
 
 
 @pytest.mark.parametrize("eps", [0.1, 0.2, 0.3])

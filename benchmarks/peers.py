@@ -42,6 +42,12 @@ def byzfl() -> ModuleType:
     return importlib.import_module("byzfl.aggregators")
 
 
+def byzfls_attacks() -> ModuleType:
+    """ByzFL's `attacks`. Raises as `byzfl`."""
+    byzfl()
+    return importlib.import_module("byzfl.attacks")
+
+
 def flower(module: str) -> ModuleType:
     """A module of Flower, such as `server.strategy.aggregate`, its chatter silenced.
 

@@ -22,6 +22,7 @@ from benchmarks import peers
 from fedrobust import aggregate
 from fedrobust.attacks import View, parse_attack
 from fedrobust.optimisers import parse_optimiser
+from fedrobust.rules import parse_rule
 
 if peers.installed("byzfl") is None or peers.installed("flwr") is None:
     pytest.skip(peers.NEEDS, allow_module_level=True)
@@ -254,6 +255,39 @@ def test_as_flowers_bulyan(n: int, d: int, f: int, attack: str | None) -> None:
         X = rows(n, d, f, attack, seed).astype(dtype)
         peer = peers.flat(F.aggregate_bulyan(legacy(X), f, F.aggregate_krum, to_keep=0))
         assert distance(ours(X, "bulyan", f), peer, X) < 1e-5
+
+
+ATTACKS_OF_BYZFL: dict[str, tuple[str, dict[str, float]]] = {
+    "ipm(1.0)": ("SignFlipping", {}),
+    "ipm(3.0)": ("InnerProductManipulation", {"tau": 3.0}),
+    "alie(-1.5)": ("ALittleIsEnough", {"tau": 1.5}),
+    "mimic(4)": ("Mimic", {"epsilon": 4}),
+    "inf": ("Inf", {}),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS_OF_BYZFL)
+@pytest.mark.parametrize(("h", "d"), [(5, 3), (12, 200)])
+def test_as_byzfls_attacks(attack: str, h: int, d: int) -> None:
+    """Its standard deviation has h - 1 in the denominator, ours h."""
+    X, (name, arguments) = rows(h, d, 1), ATTACKS_OF_BYZFL[attack]
+    if "tau" in arguments and name == "ALittleIsEnough":
+        arguments = {"tau": arguments["tau"] * float(np.sqrt((h - 1) / h))}
+    mine = parse_attack(attack)(View.of(X, X[:1]), np.random.default_rng(0)).numpy()
+    peer = getattr(peers.byzfls_attacks(), name)(**arguments)(X)
+    np.testing.assert_allclose(mine[0], peer, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("delta", [1.0, 10.0])
+def test_as_byzfls_optimal_ipm(delta: float) -> None:
+    for seed in range(5):
+        X = rows(12, 20, 1, seed=seed)
+        attack = parse_attack(f"optimal_ipm(20, step={delta})")
+        view = View.of(X, X[:3], rule=parse_rule("trimmed_mean"), eps=0.2)
+        mine = attack(view, np.random.default_rng(0)).numpy()
+        search = peers.byzfls_attacks().Optimal_InnerProductManipulation
+        peer = search(B.TrMean(3), pre_agg_list=[], f=3, evals=20, delta=delta)(X)
+        np.testing.assert_allclose(mine[0], peer, rtol=1e-4, atol=1e-5)
 
 
 OPTIMISERS: dict[str, tuple[str, dict[str, float]]] = {

@@ -17,7 +17,7 @@ from fedrobust.gram import Gram
 from fedrobust.kernels import Block, Matrix, Vector
 from fedrobust.rules import Aggregator, Decision, Weighting
 from fedrobust.rules.fraction import DEFAULT_EPS, assume
-from fedrobust.rules.signguard import SignCluster
+from fedrobust.rules.signguard import SignGuard
 
 _COORDINATES = 4096
 
@@ -97,8 +97,8 @@ class Rehearsal:
     @cached_property
     def points(self) -> Matrix:
         """(K, c) what the vectors are replaced by: L, or their (sampled) coordinates."""
-        last = self.rule.rules[-1].parts[-1]
-        if isinstance(last, Weighting) and not isinstance(last, SignCluster):
+        last = self.rule.rules[-1]
+        if isinstance(last.parts[-1], Weighting) and not isinstance(last, SignGuard):
             values, vectors = np.linalg.eigh(self.gram)
             root: Matrix = vectors * np.sqrt(np.maximum(values, 0.0))
             return root

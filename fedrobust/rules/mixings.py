@@ -152,6 +152,16 @@ def length_of(gram: Gram, lengths: Vector, mass: float) -> float:
     return float(lengths[order[min(first, gram.n - 1)]])
 
 
+def median_by_mass(values: Vector, shares: Vector) -> float:
+    """The median of (n,) values of rows of these (n,) shares, sum 1.
+
+    Where two rows share the middle it is the mean of their values: with equal shares numpy's median.
+    """
+    order = np.argsort(values, kind="stable")
+    middle = np.searchsorted(np.cumsum(shares[order]), [0.5 - 1e-9, 0.5 + 1e-9])
+    return float(values[order[middle]].mean())
+
+
 def shortened(gram: Gram, lengths: Vector, radius: float) -> Mixed:
     """The rows of these (n,) lengths, none longer than the radius."""
     factors = np.divide(radius, lengths, out=np.ones_like(lengths), where=lengths > radius)

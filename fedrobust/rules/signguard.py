@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix, Vector
-from fedrobust.rules.mixings import length_of, shortened
-from fedrobust.rules.rule import Composite, Mixed, Mixing, Rule, Weighting, weigh
+from fedrobust.rules.mean import Mean
+from fedrobust.rules.mixings import length_of, median_by_mass, shortened
+from fedrobust.rules.rule import Composite, Mixed, Mixing, Rule
 
 _MOVES = 300
 _TOGETHER = 500
@@ -31,8 +32,8 @@ class SignGuard(Composite):
 
     Guarantee: none on the distance; the value is no longer than the median row. Breakdown point 1/2 for
     its length. Of two or three rows one decides: half of them is the row itself. Weighted by shares (the
-    paper has none): the median length is by mass, and so is the mean; a cluster is as large as the
-    number of its rows. Scores: distance from the largest cluster's centre, in fractions.
+    paper has none): the median length is by mass, and so are the clustering, which cluster is the
+    largest, and the mean. Scores: distance from the largest cluster's centre, in fractions.
     Deviations: signs of all coordinates instead of a random tenth; no similarity to the previous
     aggregate (the plain variant); a bandwidth from all pairs of rows; the lower median of an even
     number of lengths, and both ends belong to the band; of two largest clusters, the one nearer to the
@@ -56,102 +57,105 @@ class SignGuard(Composite):
 
     @property
     def parts(self) -> tuple[Rule, ...]:
-        """Clip, taking the share of what is out of the band; average the largest cluster."""
-        return LengthBand(self.low, self.high), SignCluster()
+        """Clip, taking the share of what does not pass; average the rest."""
+        return OrdinaryRows(self.low, self.high), Mean()
 
 
 @dataclass(frozen=True, repr=False)
-class LengthBand(Mixing):
-    """No row longer than the median one, and no share for rows out of the band. Attributes as above."""
+class OrdinaryRows(Mixing):
+    """No row longer than the median one, and no share for rows that do not pass. Attributes as above."""
 
-    name = "length_band"
+    name = "ordinary_rows"
     low: float = 0.1
     high: float = 3.0
 
     def __call__(self, gram: Gram) -> Mixed:
-        """Shorten the longer half; the (lower) median row itself is always within the band."""
+        """Shorten the longer half; take the share of what does not pass."""
         lengths = gram.lengths
         median = length_of(gram, lengths, 0.5)
-        within = (lengths >= self.low * median) & (lengths <= self.high * median)
-        shares = np.where(within, gram.shares, 0.0)
         mixed = shortened(gram, lengths, median)
-        return Mixed(mixed.matrix, shares / shares.sum() if shares.any() else gram.shares, gram.eps)
+        signs = gram.through(mixed.matrix, gram.shares, gram.eps).signs
+        within = (lengths >= self.low * median) & (lengths <= self.high * median)
+        masses = np.round(gram.shares / gram.shares.max(), 9)  # equal shares are, in spite of rounding
+        largest = _largest_cluster(signs, masses)
+        centre = (masses[:, None] * signs)[largest].sum(axis=0) / masses[largest].sum()
+        shares = gram.shares
+        for passed in (within, largest):
+            left = np.where(passed, shares, 0.0)
+            shares = left / left.sum() if left.any() else shares
+        return Mixed(mixed.matrix, shares, gram.eps, np.linalg.norm(signs - centre, axis=1))
 
 
-@dataclass(frozen=True, repr=False)
-class SignCluster(Weighting):
-    """The mean of the largest cluster of sign statistics, as far as it has a share."""
+def _largest_cluster(points: Matrix, masses: Vector) -> npt.NDArray[np.bool_]:
+    """(n,) who is in the mean-shift cluster of most mass; of several, the one nearest to the median.
 
-    name = "sign_cluster"
+    With equal masses as scikit-learn's `MeanShift(bin_seeding=True)` with
+    `estimate_bandwidth(quantile=0.5)`, up to ties that rounding decides; here means do not move one
+    after the other.
 
-    def __call__(self, gram: Gram) -> Mixed:
-        """Weigh the rows."""
-        largest = _largest_cluster(gram.signs)
-        centre = gram.signs[largest].mean(axis=0)
-        shares = np.where(largest, gram.shares, 0.0)
-        weights = shares / shares.sum() if shares.any() else gram.shares
-        return weigh(weights, np.linalg.norm(gram.signs - centre, axis=1))
-
-
-def _largest_cluster(points: Matrix) -> npt.NDArray[np.bool_]:
-    """(n,) who is in the largest mean-shift cluster; of several, the one nearest to the median.
-
-    As scikit-learn's `MeanShift(bin_seeding=True)` with `estimate_bandwidth(quantile=0.5)`, up to ties
-    that rounding decides; here means do not move one after the other.
+    Args:
+        points: (n, m).
+        masses: (n,) of the points; the largest is 1.
     """
-    off = np.linalg.norm(points - np.median(points, axis=0), axis=1)
-    middle, width = points[np.argmin(off)], _bandwidth(points)
-    if width < 1e-9:  # half of the rows are alike, and nothing tells how wide to look
+    median = np.array([median_by_mass(column, masses / masses.sum()) for column in points.T])
+    off = np.linalg.norm(points - median, axis=1)
+    middle, width = points[np.argmin(np.where(masses > 0, off, np.inf))], _bandwidth(points, masses)
+    if width < 1e-9:  # half of the mass is alike, and nothing tells how wide to look
         return np.asarray(np.linalg.norm(points - middle, axis=1) < 1e-6)
-    centres = _mean_shift(points, width)
+    centres = _mean_shift(points, masses, width)
     labels = _distances(points, centres).argmin(axis=1)
     near = -np.linalg.norm(centres - middle, axis=1)
-    largest = np.lexsort([near, np.bincount(labels, minlength=len(near))])[-1]
+    largest = np.lexsort([near, np.bincount(labels, masses, minlength=len(near))])[-1]
     return np.asarray(labels == largest)
 
 
-def _bandwidth(points: Matrix) -> float:
-    """The mean distance within which a point finds half of all, itself included."""
-    n, half = len(points), max(1, len(points) // 2)
-    parts = np.array_split(points, -(-n // _TOGETHER))
-    found = [np.partition(_distances(part, points), half - 1, axis=1)[:, half - 1] for part in parts]
-    return float(np.concatenate(found).mean())
+def _bandwidth(points: Matrix, masses: Vector) -> float:
+    """The mean distance within which a point finds half of the mass, its own included."""
+    half = masses.sum() / 2 * (1 + 1e-9)
+    found = []
+    for part in np.array_split(points, -(-len(points) // _TOGETHER)):
+        distances = _distances(part, points)
+        order = np.argsort(distances, axis=1)
+        upto = np.cumsum(masses[order], axis=1)
+        last = np.maximum((upto <= half).sum(axis=1, keepdims=True) - 1, 0)
+        found.append(np.take_along_axis(distances, np.take_along_axis(order, last, 1), 1)[:, 0])
+    return float((np.concatenate(found) * masses).sum() / masses.sum())
 
 
-def _mean_shift(points: Matrix, width: float) -> Matrix:
-    """(k, m) where means of all (n, m) points within a width end up, those with most points first.
+def _mean_shift(points: Matrix, masses: Vector, width: float) -> Matrix:
+    """(k, m) where means of all (n, m) points within a width end up, those of most mass first.
 
     They begin at the corners of a grid of that width, or at the points where each has a corner of its
-    own, and move until they hardly do. Of two that end within a width of each other, the one with fewer
-    points is dropped.
+    own, and move until they hardly do. Of two that end within a width of each other, the one of less
+    mass is dropped.
     """
     starts = np.unique(np.round(points / width), axis=0) * width
     starts = points if len(starts) == len(points) else starts
     parts = np.array_split(starts, -(-len(starts) // _TOGETHER))
-    means, counts = map(
-        np.concatenate, zip(*(_moved(part, points, width) for part in parts), strict=True)
+    means, held = map(
+        np.concatenate, zip(*(_moved(part, points, masses, width) for part in parts), strict=True)
     )
     kept: list[int] = []
-    for i in np.lexsort([*means.T[::-1], counts])[::-1]:
+    for i in np.lexsort([*means.T[::-1], held])[::-1]:
         if not kept or (np.linalg.norm(means[kept] - means[i], axis=1) > width).all():
             kept.append(int(i))
     return np.asarray(means[kept])
 
 
-def _moved(means: Matrix, points: Matrix, width: float) -> tuple[Matrix, Vector]:
-    """(k, m) where means end up, and (k,) how many points are within a width of each."""
-    means, counts, moving = means.copy(), np.zeros(len(means)), np.arange(len(means))
+def _moved(means: Matrix, points: Matrix, masses: Vector, width: float) -> tuple[Matrix, Vector]:
+    """(k, m) where means end up, and (k,) how much mass is within a width of each."""
+    means, held, moving = means.copy(), np.zeros(len(means)), np.arange(len(means))
     for _ in range(_MOVES):
-        within = (_distances(means[moving], points) <= width).astype(float)
-        counts[moving] = within.sum(axis=1)
-        some = counts[moving] > 0  # none only by rounding
+        within = (_distances(means[moving], points) <= width) * masses
+        held[moving] = within.sum(axis=1)
+        some = held[moving] > 0  # none only by rounding, or where no point near has a mass
         within, moving = within[some], moving[some]
-        moved = within @ points / counts[moving, None]
+        moved = within @ points / held[moving, None]
         far = np.linalg.norm(moved - means[moving], axis=1) > 1e-3 * width
         means[moving], moving = moved, moving[far]
         if not len(moving):
             break
-    return means, counts
+    return means, held
 
 
 def _distances(some: Matrix, points: Matrix) -> Matrix:

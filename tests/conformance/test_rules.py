@@ -662,6 +662,44 @@ def test_a_crowd_with_next_to_no_share_does_not_set_signguards_length() -> None:
     close(value, aggregate(honest, "signguard").value, 1e-4)
 
 
+def crowd(kind: str) -> Matrix:
+    """Rows beside twelve honest ones."""
+    length = float(np.median(np.linalg.norm(normal(12), axis=1)))
+    many = {
+        "alike": 30 + 1e-6 * normal(13),
+        "equal": np.full((13, 30), 30.0),
+        "of ordinary length": np.full((13, 30), length / np.sqrt(30)),
+        "tiny": 1e-9 * np.abs(normal(13)),
+        "a thousand": np.full((1000, 30), length / np.sqrt(30)),
+        "among the honest": normal(1000, seed=7),
+    }
+    return many[kind]
+
+
+@pytest.mark.parametrize("rule", ["flame", "signguard"])
+@pytest.mark.parametrize(
+    "kind", ["alike", "equal", "of ordinary length", "tiny", "a thousand", "among the honest"]
+)
+@pytest.mark.parametrize("share", [0.0, 1e-9])
+def test_a_crowd_with_next_to_no_share_is_no_majority(rule: str, kind: str, share: float) -> None:
+    guests, honest = crowd(kind), normal(12)
+    result = aggregate(np.concatenate([guests, honest]), rule, [*[share] * len(guests), *np.ones(12)])
+    assert result.weights is not None
+    assert result.weights[: len(guests)].sum() < 1e-5
+    assert result.weights[len(guests) :].sum() > 0.5  # nor is everything shortened to nothing
+
+
+def test_a_crowd_with_next_to_no_share_does_not_lend_a_few_a_majority() -> None:
+    """Two malicious rows, equal, and a crowd in which all distances but theirs to others are nothing."""
+    few = np.tile([[3.0, -3.0]], (2, 15))
+    X = np.concatenate([np.ones((1000, 30)), few, normal(10)])
+    shares = [*np.full(1000, 1e-9), *np.ones(12)]
+    for rule in ("flame", "signguard"):
+        weights = aggregate(X, rule, shares).weights
+        assert weights is not None
+        assert weights[1000:1002].sum() < 0.4  # 2 eps
+
+
 def test_a_client_without_share_is_no_medoid() -> None:
     result = aggregate(np.array([[0.0], [1.0], [-1.0], [1.5], [-1.5]]), "medoid", [0, 1, 1, 1, 1])
     assert result.weights is not None

@@ -85,7 +85,7 @@ class Filter(Weighting):
 
     Sources: Diakonikolas, Kamath, Kane, Li, Moitra, Stewart 2016 (arXiv 1604.06443) and 2017
     (1703.00893); bounded covariance, soft weights and randomised removal: Diakonikolas & Kane 2019
-    (1911.05911), section 3. The threshold against the bulk and several directions at once are ours.
+    (1911.05911), section 3. Deviations: the threshold against the bulk and several directions at once.
 
     Attributes:
         sigma: a bound on the honest spread (the square root of the honest covariance's top

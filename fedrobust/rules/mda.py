@@ -24,14 +24,15 @@ class MDA(Weighting):
     """The mean of the n - f rows of smallest diameter, exactly.
 
     Of several such sets, the one whose second largest distance is smallest, and so on: so the order of
-    the clients does not matter (the paper takes any). Exact ties go to the first clients.
+    the clients does not matter. Exact ties go to the first clients.
 
     Method: a set fits a diameter if f rows meet every pair that is farther apart: a vertex cover of
     size f, found by branching in at most 1.4656^f nodes where there are n! / (f! (n - f)!) sets.
     Diameters are found by bisection, the farthest pair is fixed, and so on for the next distance.
 
     Guarantee: within 2 f / (n - f) of the honest rows' diameter of their mean; breakdown point 1/2.
-    Shares are not used (the paper has no such form); no scores.
+    Shares only tell how many rows can be malicious (the paper has no weighted form). No scores.
+    Deviation: which of several sets of smallest diameter is taken, where the paper takes any.
     Cost: at most 1.4656^f nodes for each of 2 log2(n + 1) steps of n - f bisections, some 5e3 nodes a
     second; n = 40, f = 8 takes hundreds of nodes of the 7e3 possible. Beyond `budget` nodes the rule
     refuses, by n and f alone, rather than let a round hang.

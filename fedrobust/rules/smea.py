@@ -79,15 +79,16 @@ class SMEA(Weighting):
     Guarantee: ||value - mu_H||^2 <= 4 f / (n - 2 f) lambda_max(Sigma_H) for any n - f honest rows H: S
     shares n - 2 f rows with them and is spread no more than they are (the certificate's inequality with
     t = f / (n - f)). So kappa = O(f / n) in every dimension, and the error O(sigma sqrt eps). Breakdown
-    point 1/2. Shares are not used (the paper has no such form); no scores. Notes: the eigenvalue kept,
-    and how many nodes and eigenproblems the search took.
+    point 1/2. Shares only tell how many rows can be malicious (the paper has no weighted form). No
+    scores. Notes: the eigenvalue kept, and how many nodes and eigenproblems the search took.
+    Deviations: none in what is found, up to ties; the search, where the paper enumerates.
     Cost: n! / (f! (n - f)!) sets at worst, some 1e7 a second, which also bounds what malicious rows can
     make of it: n = 40, f = 8 (7.7e7 sets) takes seconds on Gaussian rows in any dimension, with or
     without shifted ones. Beyond `budget` sets the rule refuses, by n and f alone, rather than let a
     round hang. Sets that rounding cannot tell from the best take an eigenproblem each; beyond a million
     of those, an error says so.
     Source: Allouah, Guerraoui, Gupta, Pinot, Stephan 2023, "On the Privacy-Robustness-Utility
-    Trilemma in Distributed Learning" (arXiv 2302.04787), which enumerates.
+    Trilemma in Distributed Learning" (arXiv 2302.04787).
 
     Attributes:
         budget: the most sets that may have to be looked at.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -698,6 +699,23 @@ def test_a_crowd_with_next_to_no_share_does_not_lend_a_few_a_majority() -> None:
         weights = aggregate(X, rule, shares).weights
         assert weights is not None
         assert weights[1000:1002].sum() < 0.4  # 2 eps
+
+
+@pytest.mark.parametrize("rule", CATALOG)
+def test_docstrings_say_what_shares_do_and_where_the_paper_is_left(rule: str) -> None:
+    said = str(CATALOG[rule].__doc__)
+    assert "Deviation" in said
+    if issubclass(CATALOG[rule], Mixing):
+        return
+    shares = [*np.full(3, 0.1), *np.ones(8)]  # f = 4 of 11, not 2
+    refused, values = False, []
+    for given in (None, shares):
+        try:
+            values.append(aggregate(normal(), rule, given).value)
+        except InputError:
+            refused = True
+    if refused or not np.array_equal(*values):
+        assert not re.search(r"[Ss]hares\s+are\s+not\s+used", said)
 
 
 def test_a_client_without_share_is_no_medoid() -> None:

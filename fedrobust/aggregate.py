@@ -166,8 +166,8 @@ def aggregate(  # noqa: PLR0913 (the front door)
         certified: False leaves certificate and verdict out; rules that need lengths alone (clip, arc,
             centered_clipping) or few inner products (fltrust, monna, geometric_median(steps=3)) then do
             without the others, which is ten times faster for a thousand rows.
-        bfloat16: multiply float32 rows in bfloat16, as `kernels.gram`; for updates that differ by as
-            much as they have in common.
+        bfloat16: multiply float32 rows in bfloat16, as `kernels.gram`, where torch has a product for
+            that, and change nothing elsewhere; for updates that differ by as much as they share.
 
     Raises:
         InputError: no usable update, too few for the rule, or a bad rule, share, eps, reference or
@@ -211,7 +211,9 @@ def aggregate(  # noqa: PLR0913 (the front door)
         certified=certified,
         inner=inner,
         matrix=matrix,
-        precision=kernels.BFLOAT16 if bfloat16 else precision([block.dtype for block in rows.blocks]),
+        precision=kernels.BFLOAT16
+        if bfloat16 and any(map(kernels.lowers, rows.blocks))
+        else precision([block.dtype for block in rows.blocks]),
     )
     gram = replace(gram, width=rows.width)
     result = combine(rows, aggregator, gram, eps, certified=certified)

@@ -42,7 +42,8 @@ T = TypeVar("T")
 
 FLOAT32, ARRIVING, MULTIPLIED, BFLOAT16, FLOAT64 = 1e-5, 1e-4, 2e-4, 1e-4, 1e-12
 """The errors of inner products, in units of the rows' lengths: of `gram` and squared norms; of `cross`,
-and so of matrices that grow as rows arrive; of `products`; of `gram` in bfloat16; of any in float64.
+and so of matrices that grow as rows arrive; of `products`; of `gram` in bfloat16, for 1e5 coordinates
+and more whose digits are of all kinds; of any in float64.
 Those of float32 are for constant rows, where every rounding of a long sum goes the same way: the worst
 that searches found was 6e-6, 6e-5 and 1.2e-4. Ordinary rows are a tenth to a hundredth of that off."""
 
@@ -184,13 +185,15 @@ def gram(block: Block, *, bfloat16: bool = False) -> Matrix:
 
     Args:
         block: the rows.
-        bfloat16: multiply float32 rows in bfloat16, accumulating in float32, where the processor has
-            units for that: about half the time from n = 100 on, errors of 3e-5 instead of 2e-7 of
-            |x_i||x_j|. Safe where the rows' common part is no longer than they differ.
+        bfloat16: multiply rows of less than float64 in bfloat16, accumulating in float32, where torch
+            has a product for that (`lowers`, docs/rules.md); it changes nothing elsewhere. Errors of
+            3e-5 instead of 2e-7 of |x_i||x_j| for 1e5 coordinates, more for fewer. Safe where the rows'
+            common part is no longer than they differ.
     """
+    bfloat16 = bfloat16 and lowers(block)
 
     def multiply(part: Tensor) -> Tensor:
-        found = _lower(part)
+        found = _lower(part, halved=not bfloat16)
         wild = _wild(found.diagonal())
         return _mended(found.double(), part, wild) if len(wild) else found
 
@@ -380,9 +383,14 @@ def bands(n: int) -> int:
     return min(4, max(1, n // 100))
 
 
-def _lower(part: Tensor) -> Tensor:
-    """(n, n) inner products of a tile's rows, on the diagonal and below it."""
-    if len(part) >= _HALVED_FROM and part.device.type == "cpu" and part.stride(1) == 1:
+def _lower(part: Tensor, *, halved: bool) -> Tensor:
+    """(n, n) inner products of a tile's rows, on the diagonal and below it.
+
+    Args:
+        part: the tile.
+        halved: whether numpy may do it, which knows nothing of bfloat16.
+    """
+    if halved and len(part) >= _HALVED_FROM and part.device.type == "cpu" and part.stride(1) == 1:
         rows = part.numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # what is wild is worked out again
             return torch.from_numpy(rows @ rows.T)
@@ -561,3 +569,16 @@ def _bfloat16() -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def lowers(block: Block) -> bool:
+    """Whether `gram` of these rows in bfloat16 is another than without: float64 is left as it is."""
+    return block.dtype != torch.float64 and _units(block.device)
+
+
+@lru_cache
+def _units(device: torch.device) -> bool:
+    """Whether torch multiplies float32 in fewer digits there when it may; seen from a product."""
+    rows = torch.full((64, 256), 1 + 2.0**-12, device=device)
+    with _bfloat16():
+        return bool((rows @ rows.T)[0, 0] == rows.shape[1])  # in float32 half a thousandth more

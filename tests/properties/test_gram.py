@@ -282,18 +282,67 @@ def test_text_that_is_hard_on_a_parser(text: str, read: Any) -> None:
         read(text, CATALOG, "rule")
 
 
-def test_bfloat16_is_near_and_leaves_the_setting_alone() -> None:
-    X = rows(40, 20_000).astype(np.float32)
+def with_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch multiplies float32 in bfloat16 if it may; elsewhere the rounding is done here."""
+    inner, there = kernels._inner, kernels._units(torch.device("cpu"))
+
+    def rounded(*tiles: torch.Tensor) -> torch.Tensor:
+        if torch.get_float32_matmul_precision() == "medium" and not there:
+            tiles = tuple(t if t.dtype == torch.float64 else t.bfloat16().float() for t in tiles)
+        return inner(*tiles)
+
+    monkeypatch.setattr(kernels, "_inner", rounded)
+    monkeypatch.setattr(kernels, "_units", lambda _: True)
+
+
+def off(found: Matrix, X: Matrix) -> float:
+    """The largest error of inner products, in units of the rows' lengths."""
+    lengths = np.linalg.norm(X.astype(float), axis=1)
+    exact = X.astype(float) @ X.T.astype(float)
+    return float((np.abs(found - exact) / (lengths[:, None] * lengths[None, :])).max())
+
+
+@pytest.mark.parametrize("n", [20, 40, 210])
+def test_bfloat16_is_near_and_leaves_the_setting_alone(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_units(monkeypatch)
+    X = rows(n, 200_000).astype(np.float32)
     before = torch.get_float32_matmul_precision()
     found = kernels.gram(Block(torch.from_numpy(X)), bfloat16=True)
     assert torch.get_float32_matmul_precision() == before
-    lengths = np.linalg.norm(X, axis=1)
-    error = np.abs(found - X.astype(float) @ X.T.astype(float)) / (lengths[:, None] * lengths[None, :])
-    assert error.max() < 1e-4
+    assert 1e-6 < off(found, X) < kernels.BFLOAT16
+    exact = aggregate(X, "filter")
     for certified in (True, False):
         result = aggregate(X, "filter", bfloat16=True, certified=certified)
         assert result.weights is not None
-        np.testing.assert_allclose(result.weights, aggregate(X, "filter").weights, atol=1e-3)
+        np.testing.assert_allclose(result.weights, exact.weights, atol=1e-3)
+        if result.certificate is not None and exact.certificate is not None:
+            assert result.certificate.spread > exact.certificate.spread
+
+
+@pytest.mark.parametrize("n", [20, 40, 210])
+def test_bfloat16_changes_nothing_where_there_are_no_units(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_units", lambda _: False)
+    X = rows(n, 20_000).astype(np.float32)
+    block = Block(torch.from_numpy(X))
+    np.testing.assert_array_equal(kernels.gram(block, bfloat16=True), kernels.gram(block))
+    lowered, exact = (aggregate(X, "filter", bfloat16=b) for b in (True, False))
+    assert lowered.certificate == exact.certificate
+
+
+def test_bfloat16_leaves_float64_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_units(monkeypatch)
+    X = rows(40, 2000)
+    lowered, exact = (aggregate(X, "filter", bfloat16=b) for b in (True, False))
+    assert lowered.certificate == exact.certificate
+    np.testing.assert_array_equal(lowered.value, exact.value)
+
+
+def test_the_units_for_bfloat16_are_seen_from_products_of_any_rows() -> None:
+    X = rows(100, 5000).astype(np.float32)
+    error = off(kernels.gram(Block(torch.from_numpy(X)), bfloat16=True), X)
+    assert (error > 1e-6) == kernels.lowers(Block(torch.from_numpy(X)))
 
 
 def test_passes_and_small_matrices_leave_the_threads_of_the_process_alone() -> None:

@@ -383,6 +383,18 @@ def bands(n: int) -> int:
     return min(4, max(1, n // 100))
 
 
+def multiplied(n: int, *, bfloat16: bool = False) -> float:
+    """How many of the n^2 pairs of n rows on a CPU `gram` multiplies.
+
+    Args:
+        n: the rows.
+        bfloat16: whether that is how it multiplies them.
+    """
+    if n >= _HALVED_FROM and not bfloat16:
+        return n * (n + 1) / 2
+    return n * n * (1 + 1 / bands(n)) / 2
+
+
 def _lower(part: Tensor, *, halved: bool) -> Tensor:
     """(n, n) inner products of a tile's rows, on the diagonal and below it.
 

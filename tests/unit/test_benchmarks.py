@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks.measure import Sample, sample
 from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
 from benchmarks.run import OFTEN, SHORT, measure
 from benchmarks.store import Store
+from fedrobust import kernels
 
 SMALL = Shape(10, 2000)
 
@@ -98,6 +100,27 @@ def test_the_page_shows_what_was_measured_and_what_was_not(tmp_path: Path) -> No
     assert "| 0.50 | met |" in text
     assert "worst 3.00, `filter` on 1e30 | **not met**" in text
     assert "| not run |" in text
+
+
+@pytest.mark.parametrize(
+    ("halved_from", "n", "pairs", "formula"),
+    [
+        (math.inf, 100, 10_000, "2n^2 d"),
+        (math.inf, 1000, 625_000, "1.25n^2 d"),
+        (32, 20, 400, "2n^2 d"),
+        (32, 100, 5050, "n(n + 1)d"),
+        (32, 1000, 500_500, "n(n + 1)d"),
+    ],
+)
+def test_what_a_gram_pass_does_not_multiply_is_not_counted(
+    halved_from: float, n: int, pairs: int, formula: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_HALVED_FROM", halved_from)
+    shape = Shape(n, 1000)
+    assert page.work(shape)["kernel/gram"][2:] == (formula, 2 * pairs * 1000)
+    assert page.work(shape)["floor/X @ X.T"][3] == 2 * n * n * 1000
+    if n < halved_from or not kernels.lowers(kernels.Block(torch.empty(1, 1))):
+        assert page.work(shape)["kernel/gram, bfloat16"][3] == 2 * pairs * 1000
 
 
 def test_the_superlink_is_compared_round_by_round() -> None:

@@ -15,6 +15,7 @@ from benchmarks.store import Key, Store
 from benchmarks.targets import (
     HOSTILE_RATIO,
     OVER_FLOOR,
+    PART,
     ROW_FLOATS,
     SPARE,
     TARGETS,
@@ -74,6 +75,7 @@ def page(store: Store, about: Mapping[str, str]) -> str:
         _about(store, about),
         "## Targets\n",
         _targets(store),
+        _beyond_part(store, int(about.get("threads", 1))),
         "## Kernels\n",
         _kernels(store),
         "## Rules: milliseconds\n",
@@ -119,7 +121,8 @@ def _about(store: Store, about: Mapping[str, str]) -> str:
 def _targets(store: Store) -> str:
     lines = [(t.what, str(t.shape), _limit(t), _measured(store, t), _verdict(store, t)) for t in TARGETS]
     lines += [_summary(store, shape) for shape in dict.fromkeys(t.shape for t in OVER_FLOOR)]
-    lines += [_memory_target(store), _unaided(store), *(_hostile_target(store, s) for s in HOSTILE)]
+    lines += [_memory_target(store), _part_target(store), _unaided(store)]
+    lines += [*(_hostile_target(store, s) for s in HOSTILE)]
     table = Cells(["target", "n x d", "limit", "measured", ""], lines)
     missed = [
         (f"`{t.over[0].split('/')[1]}`", str(t.shape), f"{r:.2f}")
@@ -189,6 +192,44 @@ def _memory_target(store: Store) -> tuple[str, ...]:
         f"{max(most, 0) / 1e6:.0f} MB, `{rule}` at {where}",
         _yes(most <= SPARE),
     )
+
+
+def _parts(store: Store, shape: Shape) -> list[tuple[float, str]]:
+    """The extra memory of every rule as a part of the rows, most first."""
+    peaks = {rule: store.peak((str(shape), PLAIN, f"ours/{rule}")) for rule in cases.rules()}
+    return sorted(((p / shape.bytes, rule) for rule, p in peaks.items() if p is not None), reverse=True)
+
+
+def _part_target(store: Store) -> tuple[str, ...]:
+    what, limit = "extra memory of every rule over its rows", f"<= {PART:.0%}"
+    found = [(part, rule, str(shape)) for shape in SHAPES for part, rule in _parts(store, shape)]
+    if not found:
+        return (what, "all", limit, "not run", "")
+    met = sum(part <= PART for part, _, _ in found)
+    most, rule, where = max(found)
+    measured = f"{met} of {len(found)}; most {most:.0%}, `{rule}` at {where}"
+    return (what, "all", limit, measured, _yes(met == len(found)))
+
+
+def _beyond_part(store: Store, threads: int) -> str:
+    """Which rules take more than their part of the rows, and what that is made of."""
+    lines = []
+    for shape in SHAPES:
+        tile = 4 * shape.n * min(kernels.copied_width(shape.n), shape.d)
+        sizes = (ROW_FLOATS * 4 * shape.d, threads * tile, 8 * shape.n**2)
+        shares = (f"{size / 1e6:.1f} MB, {size / shape.bytes:.0%}" for size in sizes)
+        beyond = [f"`{rule}` {part:.0%}" for part, rule in _parts(store, shape) if part > PART]
+        if beyond:
+            lines.append((str(shape), f"{shape.bytes / 1e6:.0f} MB", *shares, ", ".join(beyond)))
+    if not lines:
+        return ""
+    head = ["n x d", "the rows", "two rows", "a copied tile a thread", "an n x n matrix", "rules"]
+    return f"""Rules whose extra memory is more than {PART:.0%} of the rows, beside what it is made of.
+The value is a row, and a large part of few rows; tiles have one width whatever d is, and are a large
+part of short rows; a rule may hold several n x n matrices in float64, a large part of many rows:
+
+{Cells(head, lines)}
+"""
 
 
 def _unaided(store: Store) -> tuple[str, ...]:

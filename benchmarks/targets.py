@@ -19,6 +19,8 @@ from benchmarks.rounds import Shape
 ROW_FLOATS = 2
 SPARE = 64e6
 """Extra memory of a rule that is not coordinate-wise: two rows of floats and this many bytes."""
+PART = 0.1
+"""Extra memory of any rule, as a part of the rows, unless the page says why it is more."""
 HOSTILE_RATIO = 1.5
 """The time of a rule on hostile values over its time on Gaussian ones, at most."""
 

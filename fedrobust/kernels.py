@@ -499,7 +499,12 @@ def _exponents(norms: Vector) -> Vector:
 
 
 def _width(block: Block) -> int:
-    return min(_WIDE, max(2048, _COPIED_ELEMENTS // block.n)) if block.copies else _WIDE
+    return copied_width(block.n) if block.copies else _WIDE
+
+
+def copied_width(n: int) -> int:
+    """How many coordinates a tile of n rows has where it is a copy of them."""
+    return min(_WIDE, max(2048, _COPIED_ELEMENTS // n))
 
 
 def _in_pieces(block: Block) -> int:

@@ -102,6 +102,21 @@ def test_the_page_shows_what_was_measured_and_what_was_not(tmp_path: Path) -> No
     assert "| not run |" in text
 
 
+def test_the_page_says_which_rules_take_more_than_a_tenth_of_the_rows(tmp_path: Path) -> None:
+    store = Store(tmp_path / "samples.jsonl")
+    short, many = Shape(20, 10**5), Shape(1000, 10**5)
+    for shape, rule, peak in [(short, "filter", 1e6), (short, "mean", 0.5e6), (many, "krum", 3e7)]:
+        store.add((str(shape), PLAIN, f"ours/{rule}"), 0, Sample(1.0, 1, 0, peak, exact=True))
+    about = {"threads": "2"}
+    text = page.page(store, about)
+    assert "| 2 of 3; most 12%, `filter` at 20 x 1e5 | **not met** |" in text
+    assert "| 20 x 1e5 | 8 MB | 0.8 MB, 10% | 5.2 MB, 66% | 0.0 MB, 0% | `filter` 12% |" in text
+    assert "| 1000 x 1e5 | 400 MB" not in text
+    store.add((str(many), PLAIN, "ours/flame"), 0, Sample(1.0, 1, 0, 6e7, exact=True))
+    text = page.page(store, about)
+    assert "| 1000 x 1e5 | 400 MB | 0.8 MB, 0% | 16.4 MB, 4% | 8.0 MB, 2% | `flame` 15% |" in text
+
+
 @pytest.mark.parametrize(
     ("halved_from", "n", "pairs", "formula"),
     [

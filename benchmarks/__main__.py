@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import cases
 from benchmarks.page import page
-from benchmarks.rounds import HOSTILE, KINDS, PLAIN, QUICK, SHAPES, Shape
+from benchmarks.rounds import FEW, HOSTILE, KINDS, PLAIN, QUICK, SHAPES, Shape
 from benchmarks.run import measure
 from benchmarks.store import FOLDER, Store, machine, opened
 
@@ -40,8 +40,8 @@ def _measure_all(store: Store, options: argparse.Namespace) -> None:
 
 
 def _hostile(store: Store, options: argparse.Namespace) -> None:
-    for shape in HOSTILE:
-        chosen = _chosen(list(cases.ours(shape, bare=False)), options.only)
+    for shape in [*HOSTILE, FEW]:
+        chosen = _chosen(cases.hostile(shape), options.only)
         measure(store, shape, chosen, options.repetitions, [PLAIN, *KINDS])
 
 

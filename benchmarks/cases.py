@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fedrobust
 from benchmarks import peers
-from benchmarks.rounds import Shape
+from benchmarks.rounds import EXACT, FEW, Shape
 from fedrobust import CATALOG, RunningAggregate, kernels, reducers
 from fedrobust.errors import InputError
 from fedrobust.rules import Mixing
@@ -106,6 +106,11 @@ def ours(shape: Shape, *, bare: bool = True) -> Iterator[Case]:
             plain = partial(call, certified=False)
             prepare = _with_root if rule == "fltrust" else lambda X: X
             yield Case(f"ours {BARE}/{rule}", plain, prepare)
+
+
+def hostile(shape: Shape) -> list[Case]:
+    """What meets hostile values there: every rule, or those that take no more clients than that."""
+    return [case for case in ours(shape, bare=False) if shape != FEW or case.name.split("/")[1] in EXACT]
 
 
 LAST_ROW, LAST_PIECE = "filter after the last row", "filter after the last 2 MiB"

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from benchmarks import cases
-from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape
+from benchmarks.rounds import EXACT, FEW, HOSTILE, KINDS, PLAIN, SHAPES, Shape
 from benchmarks.store import Key, Store
 from benchmarks.targets import (
     HOSTILE_RATIO,
@@ -122,7 +122,7 @@ def _targets(store: Store) -> str:
     lines = [(t.what, str(t.shape), _limit(t), _measured(store, t), _verdict(store, t)) for t in TARGETS]
     lines += [_summary(store, shape) for shape in dict.fromkeys(t.shape for t in OVER_FLOOR)]
     lines += [_memory_target(store), _part_target(store), _unaided(store)]
-    lines += [*(_hostile_target(store, s) for s in HOSTILE)]
+    lines += [*(_hostile_target(store, s) for s in [*HOSTILE, FEW])]
     table = Cells(["target", "n x d", "limit", "measured", ""], lines)
     missed = [
         (f"`{t.over[0].split('/')[1]}`", str(t.shape), f"{r:.2f}")
@@ -254,7 +254,8 @@ def _hostile_target(store: Store, shape: Shape) -> tuple[str, ...]:
         for rule in cases.rules()
         for kind, r in hostile_ratios(store, shape, rule).items()
     ]
-    what, limit = "every rule on hostile over Gaussian values", f"<= {HOSTILE_RATIO:g}"
+    which = "every rule" if shape != FEW else " and ".join(f"`{rule}`" for rule in EXACT)
+    what, limit = f"{which} on hostile over Gaussian values", f"<= {HOSTILE_RATIO:g}"
     if not found:
         return (what, str(shape), limit, "not run", "")
     worst, rule, kind = max(found)
@@ -399,7 +400,7 @@ def _memory(store: Store) -> str:
 def _hostile(store: Store) -> str:
     legend = "\n".join(f"- {kind}: {what}" for kind, what in KINDS.items())
     parts = [f"Times over those on Gaussian rows of the same size.\n\n{legend}\n"]
-    for shape in HOSTILE:
+    for shape in [*HOSTILE, FEW]:
         body = [
             [f"`{rule}`", *(f"{found[kind]:.2f}" if kind in found else "-" for kind in KINDS)]
             for rule in cases.rules()
@@ -407,6 +408,11 @@ def _hostile(store: Store) -> str:
         ]
         if body:
             parts.append(f"{Cells([f'n x d = {shape}', *KINDS], body)}\n")
+        reasons = (
+            (rule, store.skipped.get((str(shape), PLAIN, f"ours/{rule}"))) for rule in cases.rules()
+        )
+        left_out = [f"- not here: `{rule}` {reason}" for rule, reason in reasons if reason]
+        parts += ["\n".join([*left_out, ""])] if left_out else []
     return "\n".join(parts) if len(parts) > 1 else f"{parts[0]}\nNot run.\n"
 
 

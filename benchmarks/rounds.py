@@ -38,6 +38,8 @@ class Shape:
 SHAPES = [Shape(20, 10**5), Shape(50, 10**6), Shape(100, 10**6), Shape(1000, 10**5), Shape(100, 10**7)]
 QUICK = [Shape(20, 10**5), Shape(50, 10**5)]
 HOSTILE = [Shape(100, 10**5), Shape(1000, 10**4)]
+FEW, EXACT = Shape(20, 10**5), ("mda", "smea")
+"""Where the rules that search meet hostile values: they refuse so many clients as there are above."""
 
 
 def make(shape: Shape, kind: str = PLAIN) -> Tensor:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import certification, contestants, page, simulations, statistics, superlink, targets
-from benchmarks.cases import Case, cases, ours
+from benchmarks.cases import Case, cases, hostile, ours
 from benchmarks.measure import Sample, sample
-from benchmarks.rounds import HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
+from benchmarks.rounds import EXACT, FEW, HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
 from benchmarks.run import OFTEN, SHORT, measure
 from benchmarks.store import Store
-from fedrobust import kernels
+from fedrobust import InputError, kernels
 
 SMALL = Shape(10, 2000)
 
@@ -100,6 +101,32 @@ def test_the_page_shows_what_was_measured_and_what_was_not(tmp_path: Path) -> No
     assert "| 0.50 | met |" in text
     assert "worst 3.00, `filter` on 1e30 | **not met**" in text
     assert "| not run |" in text
+
+
+def test_every_rule_meets_hostile_values_somewhere() -> None:
+    ran = set()
+    for shape in [*HOSTILE, FEW]:
+        for case in hostile(shape):
+            with suppress(InputError):
+                if case.name.split("/")[1] in EXACT:
+                    case.call(make(Shape(shape.n, 50)))
+                ran.add(case.name)
+    assert ran == {case.name for case in ours(FEW, bare=False)}
+    assert {case.name for case in hostile(FEW)} == {"ours/mda", "ours/smea"}
+
+
+def test_the_page_says_which_rules_are_not_timed_on_hostile_values(tmp_path: Path) -> None:
+    store = Store(tmp_path / "samples.jsonl")
+    for shape, kind, seconds in [(FEW, PLAIN, 1.0), (FEW, "1e30", 1.25)]:
+        store.add((str(shape), kind, "ours/mda"), 0, Sample(seconds, 1, 0, 0, exact=True))
+    store.skip((str(HOSTILE[0]), PLAIN, "ours/mda"), "refuses: mda: too many")
+    text = page.page(store, {})
+    hostile_part = text.partition("## Hostile values")[2]
+    assert "- not here: `mda` refuses: mda: too many" in hostile_part
+    assert "| `mda` | - | 1.25 | - | - |" in hostile_part
+    assert (
+        "| `mda` and `smea` on hostile over Gaussian values | 20 x 1e5 | <= 1.5 | 1 of 1; worst" in text
+    )
 
 
 def test_the_page_says_which_rules_take_more_than_a_tenth_of_the_rows(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ class Defence:
         seed: for rules that draw.
 
     Raises:
-        InputError: a bad rule, or a number out of its range.
+        InputError: a bad rule, one that looks at a row of the server's own, or a number out of its
+            range.
     """
 
     rule: str | Rule | Aggregator = "filter"
@@ -159,7 +160,12 @@ class Defence:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        composition(self.rule)
+        rule = composition(self.rule)
+        if rule.anchors:
+            raise InputError(
+                f"{rule!r} looks at an update of the server's own, which there is none of in here: "
+                "choose another rule, or run `fedrobust serve` with --root"
+            )
         check_seed(self.seed)
         if self.eps is not None:
             check_eps(self.eps)

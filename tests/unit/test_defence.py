@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedrobust as fr
 from fedrobust import InputError
 from fedrobust.integrations.defence import Defence, Offer, capped, medians
 
@@ -103,7 +104,11 @@ def test_a_quorum_is_no_more_than_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"eps": 0.7}, {"eps": "much"}, {"seed": -5}, {"seed": 0.5}, {"rule": 5}, {"quorum": 2}]
+    "options",
+    [
+        *({"eps": 0.7}, {"eps": "much"}, {"seed": -5}, {"seed": 0.5}, {"quorum": 2}),
+        *({"rule": rule} for rule in (5, "fltrust", "monna", "nnm | monna", fr.MoNNA())),
+    ],
 )
 def test_what_would_skip_every_round_is_refused_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(InputError):

@@ -148,7 +148,12 @@ def read(name: str, data_dir: Path | None) -> dict[str, Any]:
     Raises:
         InputError: there is no such file, or it cannot be read.
     """
-    (path,) = need_files([name], "sever", "SEVER's data (arXiv 1803.02815)", data_dir)
+    (path,) = need_files(
+        [name],
+        "sever",
+        "SEVER's data (github.com/hoonose/sever, converted by examples/sever_data.py)",
+        data_dir,
+    )
     try:
         with np.load(path) as arrays:
             return dict(arrays)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.io import savemat
 from scipy.sparse import csr_matrix
 from sklearn.datasets import load_iris
 from sklearn.exceptions import NotFittedError
@@ -555,6 +558,36 @@ def test_enron_as_published() -> None:
         assert found[name] == pytest.approx(error, abs=1e-3)
     assert found["sever"] < 0.0734
     assert found["sever"] < found["gradient"] < found["gradientCentered"] < found["none"]
+
+
+def test_the_published_files_are_converted(tmp_path: Path) -> None:
+    rng, source = np.random.default_rng(0), tmp_path / "clone"
+    data, suites = source / "svm" / "data", source / "svm" / "diaries" / "enron"
+    mails = {name: csr_matrix(rng.integers(0, 2, (n, 4))) for name, n in (("X_train", 6), ("X_test", 3))}
+    labels = {"y_train": np.ones((6, 1)), "y_test": -np.ones((3, 1))}
+    data.mkdir(parents=True)
+    savemat(data / "enron_data.mat", {**mails, **labels})
+    (source / "linreg" / "data").mkdir(parents=True)
+    savemat(
+        source / "linreg" / "data" / "qsar.mat",
+        {**{name: matrix.toarray() for name, matrix in mails.items()}, **labels},
+    )
+    for kind, eps in itertools.product(("L2_grad", "L2"), (5, 10, 20, 30)):
+        folder = suites / f"eps-{eps}_wd-9_exact_{kind}_rep-2_all_attacks"
+        folder.mkdir(parents=True)
+        for number in (10, 9):
+            rows = csr_matrix(np.full((2, 4), eps + number))
+            savemat(folder / f"{number}.mat", {"X_attack": rows, "y_attack": [[1], [-1]]})
+    program = Path(__file__).parents[2] / "examples" / "sever_data.py"
+    subprocess.run([sys.executable, program, source, tmp_path / "data"], check=True)
+    setting = {"eps": 0.02, "suite": "plain", "attack": 10}
+    rows, found = sever_svm.enron_attack(setting, tmp_path / "data")
+    assert rows.toarray().tolist() == [[30.0] * 4] * 2
+    assert found.tolist() == [1, -1]
+    loaded = sever_svm.enron(tmp_path / "data")
+    assert (loaded.X_test != mails["X_test"]).nnz == 0
+    assert loaded.y.tolist() == [1] * 6
+    assert np.array_equal(sever_regression.qsar(0, tmp_path / "data").X, mails["X_train"].toarray())
 
 
 def test_absent_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

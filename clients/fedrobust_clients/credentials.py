@@ -11,6 +11,8 @@ import grpc.aio
 
 from fedrobust import InputError
 
+__all__ = ["Credentials"]
+
 _MAX_BYTES = 1 << 20  # far above any of these files; a mistaken path is not read whole
 
 

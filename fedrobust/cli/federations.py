@@ -47,6 +47,8 @@ _CLIENT = """\
 examples, the second one as a member of a coalition of two:
   fedrobust client --server 127.0.0.1:7070 --id 3
   fedrobust client --server 127.0.0.1:7070 --id 1 --attack ipm --malicious 2
+a client with data of its own:
+  fedrobust client --server 127.0.0.1:7070 --id 5 --own-data hospital.data:records
 """
 
 
@@ -88,8 +90,18 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
     client = command(commands, "client", "one client of a federation", _CLIENT, _client)
     _data_option(client)
     client.add_argument("--server", required=True, help="host:port of the server")
-    client.add_argument("--id", type=int, required=True, help="which client of the task, from 0")
+    client.add_argument(
+        "--id",
+        type=int,
+        required=True,
+        help="which client of the task, from 0; it trains on that part of the dataset",
+    )
     client.add_argument("--name", help="what the client is called [client- and its id]")
+    client.add_argument(
+        "--own-data",
+        metavar="DATASET",
+        help="train on all of this, package.module:attribute, not on a part of the task's dataset",
+    )
     client.add_argument(
         "--key-dir", type=Path, metavar="DIR", help="mutual TLS; the folder by `fedrobust keys client`"
     )
@@ -337,7 +349,7 @@ def _client(options: argparse.Namespace) -> int:
     from fedrobust_proto.v1.federation_pb2 import Status
 
     from fedrobust.data import load
-    from fedrobust.training import Learner, Task, client_name
+    from fedrobust.training import Learner, Task, client_name, own_learner
 
     threat = _threat(options)
     if options.id < 0:
@@ -349,9 +361,12 @@ def _client(options: argparse.Namespace) -> int:
     if any(0xD800 <= ord(character) <= 0xDFFF for character in name):
         raise InputError(f"--name must be text in UTF-8, got '{printable(name, 64)}'")
     credentials = Credentials.read(options.ca, options.key_dir, options.token)
+    own = load(options.own_data, options.data_dir) if options.own_data else None
     torch.set_num_threads(1)  # many clients share a machine in experiments
 
     def prepare(task: Task) -> Runtime:
+        if own is not None:
+            return Honest(own_learner(task, own, options.id))
         dataset = load(task.dataset, options.data_dir)
         honest = Honest(Learner(task, dataset, options.id))
         if threat is None:
@@ -396,6 +411,10 @@ def _threat(options: argparse.Namespace) -> Threat | None:
                 "or leave that out"
             )
         return None
+    if options.own_data:
+        raise InputError(
+            "--own-data is for honest clients: members of a coalition know everybody's data"
+        )
     parse_attack(options.attack)
     if options.rule:
         parse_rule(options.rule)

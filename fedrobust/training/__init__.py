@@ -10,6 +10,7 @@ from fedrobust.training.local import (
     Poison,
     Shared,
     evaluate,
+    own_learner,
     root_learner,
 )
 from fedrobust.training.models import CNN, MLP, LeNet, Model, ResNet, Softmax, parse_model
@@ -55,6 +56,7 @@ __all__ = [
     "labelled",
     "load_vector",
     "manifest",
+    "own_learner",
     "parse_model",
     "parse_objective",
     "root_learner",

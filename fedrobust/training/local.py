@@ -229,6 +229,22 @@ class Learner:
         return delta
 
 
+def own_learner(task: Task, dataset: Dataset, client: int) -> Learner:
+    """One client's honest training on data that it alone has: all of it, whatever the task's split.
+
+    Args:
+        task: what is trained; its dataset is not looked at.
+        dataset: the client's own, with images of the same shape and as many classes.
+        client: which client this is, 0 .. task.clients - 1; what it draws depends on it.
+
+    Raises:
+        InputError: there is no such client, or the task does not fit the dataset.
+    """
+    everything = np.arange(len(dataset.train_y))
+    shared = Shared(task.build_model(dataset), [everything] * task.clients)
+    return Learner(task, dataset, client, shared=shared)
+
+
 def root_learner(task: Task, dataset: Dataset, examples: int) -> Learner:
     """The server's own training, whose update is the row "root" of rules that look at one.
 

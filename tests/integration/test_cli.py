@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fedrobust_clients.runtime import Honest
 from fedrobust_server.config import RunConfig
 from fedrobust_server.runs import RunFolder
 
 from fedrobust import InputError
 from fedrobust.cli import main
 from fedrobust.cli.parsing import attribute_docs
+from fedrobust.training import Task
 
 BAD = {
     "simulate --rule filtr": ("'filtr'", "did you mean filter?", "multi_krum"),
@@ -42,6 +45,8 @@ BAD = {
     "client --server 127.0.0.1:1 --id 3 --attack ipm --malicious 2": ("3", "coalition of 2"),
     "client --server 127.0.0.1:1 --id 0 --malicious 2": ("--malicious without --attack",),
     "client --server 127.0.0.1:1 --id 0 --rule krum --eps 0.1": ("--rule, --eps without --attack",),
+    "client --server 127.0.0.1:1 --id 0 --own-data ward:none": ("'ward:none'", "no module 'ward'"),
+    "client --server 127.0.0.1:1 --id 0 --attack ipm --own-data digits": ("--own-data", "honest"),
     "client --server 127.0.0.1:1 --id 0 --attack ipm --eps 7": ("--eps", "[0, 0.5)", "7"),
     "client --server 127.0.0.1:1 --id 0 --attack ipm --eps nan": ("--eps", "[0, 0.5)", "nan"),
     "client --server 127.0.0.1:1 --id 0 --patience nan": ("--patience", "nan"),
@@ -147,6 +152,22 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().err
     assert "the server at 127.0.0.1:1 cannot be reached" in told
     assert "Connection refused" in told
+
+
+@pytest.mark.parametrize(("options", "examples"), [([], 143), (["--own-data", "digits"], 1437)])
+def test_a_client_trains_on_its_part_or_on_data_of_its_own(
+    options: list[str], examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    async def run(
+        _address: str, _name: str, prepare: Callable[[Task], Honest], *_: object, **__: object
+    ) -> None:
+        found.append(prepare(Task()).learner.examples)
+
+    monkeypatch.setattr("fedrobust_clients.remote.run", run)
+    assert main(["client", "--server", "127.0.0.1:1", "--id", "9", *options]) == 0
+    assert found == [examples]
 
 
 @pytest.mark.parametrize("address", ["localhost", "localhost:", "7070"])

@@ -179,8 +179,14 @@ def test_ray_asks_for_a_token() -> None:
 
 
 def test_the_configuration_is_one() -> None:
-    config = RunConfig.from_toml(manifest("ConfigMap")["data"]["run.toml"])
-    assert pod_templates()["head"]["spec"]["terminationGracePeriodSeconds"] > config.deadline
+    RunConfig.from_toml(manifest("ConfigMap")["data"]["run.toml"])
+
+
+def test_the_pod_waits_for_longer_than_the_job_that_is_stopped_in_it() -> None:
+    spec = pod_templates()["head"]["spec"]
+    (container,) = spec["containers"]
+    named = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert spec["terminationGracePeriodSeconds"] > int(named["RAY_JOB_STOP_WAIT_TIME_S"])
 
 
 # ---- Prometheus ---------------------------------------------------------------------------------------

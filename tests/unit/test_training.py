@@ -32,6 +32,7 @@ from fedrobust.training import (
     evaluate,
     load_vector,
     manifest,
+    own_learner,
     parse_model,
     split_vector,
     to_vector,
@@ -492,6 +493,21 @@ def test_poison_is_applied_once_to_the_local_data(digits: Dataset) -> None:
     for r in range(2):
         assert torch.equal(poisoned.update(r, model), expected.update(r, model))
     assert calls == [poisoned.examples]
+
+
+def test_a_client_with_data_of_its_own_trains_on_all_of_it(digits: Dataset) -> None:
+    task = Task(model="softmax", clients=5, outsiders=1, split="dirichlet(0.1)", batch=0)
+    few = replace(digits, train_x=digits.train_x[:7], train_y=digits.train_y[:7])
+    own, model = own_learner(task, few, 3), torch.zeros(650)
+    alone = Learner(replace(task, clients=1, outsiders=0, split="iid"), few, 0)
+    assert own.examples == 7
+    assert torch.equal(own.update(1, model), alone.update(1, model))
+    first, second = (own_learner(replace(task, batch=2), few, i).update(1, model) for i in (0, 1))
+    assert not torch.equal(first, second)
+    with pytest.raises(InputError, match=r"no client 5; the task has 0 .. 4"):
+        own_learner(task, few, 5)
+    with pytest.raises(InputError, match="another model"):
+        own_learner(task, replace(few, classes=9), 0).update(1, model)
 
 
 def test_bad_learners(digits: Dataset) -> None:

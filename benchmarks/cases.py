@@ -180,7 +180,9 @@ def byzfl(shape: Shape) -> Iterator[Case]:
     yield case("nnm | mean", B.NNM(f), B.Average(), **nnm)
     yield case("nnm | geometric_median(steps=3)", B.NNM(f), B.GeometricMedian(T=3), **nnm)
     yield case("nnm | caf", B.NNM(f), B.CAF(f), **nnm)
+    yield case("nnm | median", B.NNM(f), B.Median(), **nnm)
     yield case("bucketing | mean", B.Bucketing(2), B.Average())
+    yield case("clip | mean", B.Clipping(100.0), B.Average(), prepare=torch.clone)
     yield case("arc | mean", B.ARC(f), B.Average(), prepare=torch.clone)
     yield case("median", B.Median(), memory=3.0 * size)
     yield case("trimmed_mean", B.TrMean(f), memory=3.0 * size)
@@ -202,6 +204,7 @@ def flower(shape: Shape) -> Iterator[Case]:
     functions = peers.flower("server.strategy.aggregate")
     f, share, size = shape.f, shape.f / shape.n + 1e-9, float(shape.bytes)
     pairs = "loops over all pairs of clients in Python" if shape.n > 200 else None
+    anew = "loops over all pairs of clients for each of the n - 2f choices" if shape.n > 50 else None
 
     def function(rule: str, call: Callable[[Any], Any], **options: Any) -> Case:  # noqa: ANN401
         return Case(f"flower/{rule}", call, _results, **options)
@@ -215,11 +218,18 @@ def flower(shape: Shape) -> Iterator[Case]:
     yield function(
         "trimmed_mean", lambda r: functions.aggregate_trimmed_avg(r, share), memory=0.3 * size
     )
+    yield function("krum", lambda r: functions.aggregate_krum(r, f, 0), memory=2 * size, reason=pairs)
     yield function(
         "multi_krum",
         lambda r: functions.aggregate_krum(r, f, len(r) - f),
         memory=2 * size,
         reason=pairs,
+    )
+    yield function(
+        "bulyan",
+        lambda r: functions.aggregate_bulyan(r, f, functions.aggregate_krum, to_keep=0),
+        memory=2 * size,
+        reason=anew,
     )
     yield strategy("mean", "FedAvg")
     yield strategy("median", "FedMedian")

@@ -42,8 +42,9 @@ Extra memory is the largest resident size during a call less that before it{samp
 
 Rows are standard Gaussian float32; a fifth of them, shifted by 0.05, count as malicious. ByzFL gets
 torch tensors, Flower numpy arrays in ten layers; both sides have the same f, steps and radius, but for
-the filter, whose peer is ByzFL's CAF, for centred clipping where no radius is named (ByzFL's is 100,
-ours is read off the rows), and for Krum, where ByzFL sums over one neighbour more (docs/peers.md).
+the filter, whose peer is ByzFL's CAF, for clipping, also about a centre, where no radius is named
+(ByzFL's is 100, ours is read off the rows), and for Krum, where ByzFL sums over one neighbour more
+(docs/peers.md).
 Reading Flower's serialised arrays is part of its strategies and is timed; writing them is not.
 """
 

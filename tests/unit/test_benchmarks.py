@@ -13,6 +13,7 @@ import torch
 from benchmarks import certification, contestants, page, simulations, statistics, superlink, targets
 from benchmarks.cases import Case, cases, hostile, ours
 from benchmarks.measure import Sample, sample
+from benchmarks.peers import flat, installed
 from benchmarks.rounds import EXACT, FEW, HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
 from benchmarks.run import OFTEN, SHORT, measure
 from benchmarks.store import Store
@@ -76,6 +77,20 @@ def test_every_target_names_cases_that_exist() -> None:
         for name in [*target.over, *target.under]:
             assert name in names or name.split("/")[0] in peers, name
         assert target.shape in SHAPES
+
+
+def test_every_function_of_the_peers_that_we_have_is_beside_ours() -> None:
+    shape = Shape(15, 200)
+    there = {case.name: case for case in cases(shape)}
+    theirs = {"byzfl": ["clip | mean", "nnm | median"], "flwr": ["bulyan", "krum"]}
+    for package, rules in theirs.items():
+        for rule in rules if installed(package) else []:
+            X, case = make(shape), there[f"{package.replace('flwr', 'flower')}/{rule}"]
+            assert len(flat(case.call(case.prepare(X)))) == shape.d
+            assert torch.equal(X, make(shape))
+    assert {n.split("/")[1] for n in there if n.startswith(("byzfl", "flower"))} <= {
+        n.split("/")[1] for n in there if n.startswith("ours/")
+    }
 
 
 @pytest.mark.parametrize("kind", [PLAIN, *KINDS])

@@ -23,6 +23,7 @@ READ, WEIGHTED_SUM, PRODUCT, COPY, SQUARE = "read", "w @ X", "X @ X.T", "copy", 
 GRAM, GRAM_REFERENCE, GRAM_BFLOAT16 = "gram", "gram, reference", "gram, bfloat16"
 MIX, SORT, NORMS, PRODUCTS = "mix", "sorted reduce", "norms", "product with one vector"
 BARE = "without certificate"
+PEERS = ("byzfl", "flower", "flower strategy")
 EDGE = 4096  # of the square matrices whose product shows the processor's limit
 
 

@@ -77,6 +77,8 @@ def page(store: Store, about: Mapping[str, str]) -> str:
         "## Targets\n",
         _targets(store),
         _beyond_part(store, int(about.get("threads", 1))),
+        "## Where a peer is faster\n",
+        _faster(store),
         "## Kernels\n",
         _kernels(store),
         "## Rules: milliseconds\n",
@@ -268,6 +270,32 @@ def _hostile_target(store: Store, shape: Shape) -> tuple[str, ...]:
         f"{met} of {len(found)}; worst {worst:.2f}, `{rule}` on {kind}",
         _yes(met == len(found)),
     )
+
+
+def _faster(store: Store) -> str:
+    """Every case in which a peer's call takes less time than ours: where a reader may want the peer."""
+    lines = []
+    for shape in SHAPES:
+        for _, _, name in [key for key in store.samples if key[:2] == (str(shape), PLAIN)]:
+            group, rule = name.split("/")
+            mine, bare, theirs = (
+                store.seconds((str(shape), PLAIN, f"{side}/{rule}"))
+                for side in ("ours", f"ours {cases.BARE}", group)
+            )
+            ours = [seconds for seconds in (mine, bare) if seconds]
+            if group in cases.PEERS and theirs and ours and theirs < max(ours):
+                than = "ours" if theirs < min(ours) else "ours with certificate"
+                times = (f"{s * 1e3:.1f}" if s else "-" for s in (theirs, mine, bare))
+                lines.append((f"`{rule}`", str(shape), group, *times, than))
+    held = sum(name.split("/")[0] in cases.PEERS for _, kind, name in store.samples if kind == PLAIN)
+    if not lines:
+        return f"In none of {held} cases.\n" if held else "Not run.\n"
+    head = ["rule", "n x d", "peer", "its ms", "our ms", f"ours {cases.BARE}", "faster than"]
+    return f"""{len(lines)} of the {held} cases of peers. No peer makes a certificate, which takes the
+products of all pairs of rows: both our times stand beside theirs.
+
+{Cells(head, sorted(lines))}
+"""
 
 
 def _kernels(store: Store) -> str:

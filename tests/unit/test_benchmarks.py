@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import certification, contestants, page, simulations, statistics, superlink, targets
-from benchmarks.cases import Case, cases, hostile, ours
+from benchmarks.cases import PEERS, Case, cases, hostile, ours
 from benchmarks.measure import Sample, sample
 from benchmarks.peers import flat, installed
 from benchmarks.rounds import EXACT, FEW, HOSTILE, KINDS, PLAIN, SHAPES, Shape, make
@@ -72,10 +72,9 @@ def test_what_needs_too_much_memory_or_refuses_is_named(tmp_path: Path) -> None:
 
 def test_every_target_names_cases_that_exist() -> None:
     names = {case.name for case in cases(Shape(10, 10**6))}
-    peers = {"byzfl", "flower", "flower strategy"}
     for target in [*targets.TARGETS, *targets.OVER_FLOOR]:
         for name in [*target.over, *target.under]:
-            assert name in names or name.split("/")[0] in peers, name
+            assert name in names or name.split("/")[0] in PEERS, name
         assert target.shape in SHAPES
 
 
@@ -116,6 +115,37 @@ def test_the_page_shows_what_was_measured_and_what_was_not(tmp_path: Path) -> No
     assert "| 0.50 | met |" in text
     assert "worst 3.00, `filter` on 1e30 | **not met**" in text
     assert "| not run |" in text
+
+
+def test_the_page_says_where_a_peer_is_faster(tmp_path: Path) -> None:
+    store = Store(tmp_path / "samples.jsonl")
+    assert "## Where a peer is faster\n\nNot run." in page.page(store, {})
+    times = {
+        "byzfl/mean": 0.1,
+        "ours/mean": 0.3,
+        "ours without certificate/mean": 0.2,
+        "flower/mean": 0.25,
+        "byzfl/median": 0.5,
+        "ours/median": 0.4,
+        "byzfl/krum": 0.6,
+        "ours/krum": 0.7,
+        "flower/trimmed_mean": 0.1,
+    }
+
+    def take(names: list[str]) -> str:
+        for name in names:
+            taken = Sample(times[name], 1, 0, 0, exact=True)
+            store.add((str(SHAPES[0]), PLAIN, name), 0, taken)
+        text = page.page(store, {})
+        return text.partition("## Where a peer is faster")[2].partition("## Kernels")[0]
+
+    assert "In none of 1 cases" in take(["byzfl/median", "ours/median"])
+    said = take(list(times))
+    assert "3 of the 5 cases" in said
+    assert "| `mean` | 20 x 1e5 | byzfl | 100.0 | 300.0 | 200.0 | ours |" in said
+    assert "| `mean` | 20 x 1e5 | flower | 250.0 | 300.0 | 200.0 | ours with certificate |" in said
+    assert "| `krum` | 20 x 1e5 | byzfl | 600.0 | 700.0 | - | ours |" in said
+    assert "median" not in said
 
 
 def test_every_rule_meets_hostile_values_somewhere() -> None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedrobust.gram import Gram
+from fedrobust.rules.directions import cosine_distances, mean_of
 from fedrobust.rules.mixings import median_by_mass, shortened
 from fedrobust.rules.rule import Composite, Mixed, Mixing, Rule, Weighting, weigh
 
-_DIGITS = 6
-"""Decimals of a cosine distance: beyond them those of float32 rows are rounding, and make no order."""
 _HALF = 1e-9
 """A mass is more than a half if it is by this much: less is rounding."""
 
@@ -26,8 +25,8 @@ class FLAME(Composite):
 
     With equal shares these are the rows of the one cluster that HDBSCAN has with the paper's settings,
     min_cluster_size = n // 2 + 1 and min_samples = 1. Distances are rounded to six decimals, so that
-    rows at equal angles are all in or all out, whatever the last digit of a float32 product is. A row
-    of zeros has no direction and is at distance 1 from all.
+    rows at equal angles are all in or all out, whatever the last digit of a float32 product is. Rows
+    of zeros have no direction: they are alike, and at distance 1 from all others.
 
     The paper's third step, Gaussian noise on the new model (its scale lambda = median length times
     sqrt(2 log(1.25 / delta)) / epsilon, where backdoors are to be drowned), is left to the server: a
@@ -75,9 +74,7 @@ class CosineMajority(Weighting):
         from scipy.cluster.hierarchy import fcluster, linkage  # noqa: PLC0415 (rarely needed)
         from scipy.spatial.distance import squareform  # noqa: PLC0415
 
-        distances = gram.cosines
-        np.maximum(np.subtract(1, distances, out=distances), 0.0, out=distances)
-        np.round(distances, _DIGITS, out=distances)
+        distances = cosine_distances(gram)
         links = linkage(squareform(distances, checks=False), "single")
         masses = list(gram.shares)
         for one, other in links[:, :2].astype(int):
@@ -87,6 +84,4 @@ class CosineMajority(Weighting):
         # All links of one length are made.
         clusters = fcluster(links, links[len(masses) - gram.n - 1, 2], "distance")
         admitted = clusters == np.bincount(clusters, gram.shares).argmax()
-        scores = np.where(admitted, 0.0, distances[:, admitted].min(axis=1))
-        weights = np.where(admitted, gram.shares, 0.0)
-        return weigh(weights / weights.sum(), scores)
+        return mean_of(gram, distances, admitted)

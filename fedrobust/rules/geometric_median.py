@@ -62,10 +62,23 @@ class GeometricMedian(Weighting):
 
     def __call__(self, gram: Gram) -> Mixed:
         """Weigh the rows."""
+        return weigh(*self.of_all(gram))
+
+    def of_all(self, gram: Gram) -> tuple[Vector, Vector]:
+        """The median of all rows by their shares, in the form that `of` gives it."""
+        near = gram.n <= min(self.steps, _MANY)
+        return self.of(gram, gram.shares, _near_most(gram) if near else gram.shares)
+
+    def of(self, gram: Gram, mass: Vector, weights: Vector) -> tuple[Vector, Vector]:
+        """The median of rows of this (n,) mass: (n,) weights, and (n,) distances of all rows from it.
+
+        Args:
+            gram: the rows.
+            mass: sum 1.
+            weights: (n,) of the point at which the steps begin; sum 1.
+        """
         product, norms = gram.product(self.steps), gram.squared_norms
-        weights, distances = gram.shares, np.zeros(gram.n)
-        if gram.n <= min(self.steps, _MANY):
-            weights = _near_most(gram)
+        distances = np.zeros(gram.n)
         blur = 1e-8 * np.sqrt(norms)  # distances below this are rounding
         for _ in range(self.steps):
             toward = product(weights)
@@ -74,9 +87,9 @@ class GeometricMedian(Weighting):
             if (np.abs(distances - previous) <= 1e-12 * distances + blur).all():
                 break
             floor = self.nu * float(np.median(distances)) or np.finfo(float).tiny
-            closeness = gram.shares / np.maximum(distances, floor)
+            closeness = mass / np.maximum(distances, floor)
             weights = closeness / closeness.sum()
-        return weigh(weights, distances)
+        return weights, distances
 
 
 def _near_most(gram: Gram) -> Vector:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import scipy.cluster.hierarchy  # noqa: F401 (imported at `flame`'s first call; not the rule's memory)
+import scipy.cluster.hierarchy  # noqa: F401 (what a rule imports at its first call is not its memory)
 import torch
 from torch import Tensor
 

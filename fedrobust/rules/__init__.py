@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedrobust.rules.bulyan import Bulyan
 from fedrobust.rules.caf import CAF
 from fedrobust.rules.centered_clipping import CenteredClipping
+from fedrobust.rules.clustering import ClippedClustering, Clustering
 from fedrobust.rules.coordinate_wise import Meamed, Median, SignMajority, TrimmedMean
 from fedrobust.rules.dnc import DnC
 from fedrobust.rules.filter import EntropyFilter, Filter
@@ -43,6 +44,8 @@ CATALOG: dict[str, type[Rule]] = {
     "caf": CAF,
     "centered_clipping": CenteredClipping,
     "clip": Clip,
+    "clipped_clustering": ClippedClustering,
+    "clustering": Clustering,
     "dnc": DnC,
     "entropy_filter": EntropyFilter,
     "filter": Filter,
@@ -97,6 +100,8 @@ __all__ = [
     "Bulyan",
     "CenteredClipping",
     "Clip",
+    "ClippedClustering",
+    "Clustering",
     "Composite",
     "CoordinateWise",
     "Decision",

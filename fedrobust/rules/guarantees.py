@@ -84,7 +84,8 @@ FLTrust: the value is no longer than the server's row.
 
 None for mean (unbounded), filter, entropy_filter and no_regret (their levels depend on the round's own
 bulk: the certificate gives their number), centered_clipping and clip | mean (they depend on the
-starting point), dnc, bulyan, flame, foolsgold, signguard, sign_majority.
+starting point), dnc, bulyan, clustering, clipped_clustering, flame, foolsgold, signguard,
+sign_majority.
 """
 
 from __future__ import annotations

@@ -45,13 +45,17 @@ REPEATABLE = [rule for rule in RULES if "bucketing" not in rule]
 KRUM = [rule for rule in RULES if "krum" in rule]
 
 # What some rules do not do by their nature, and why.
-UNPROTECTED = {"mean", "foolsgold"}
-"""One long row is enough: foolsgold looks at directions only, and so it does behind a clipping."""
+UNPROTECTED = {"mean", "clustering", "foolsgold"}
+"""One long row is enough: clustering and foolsgold look at directions only, the latter behind a clipping
+too."""
 VOTES = {"sign_majority"}
 """The value is a direction of fixed length, and a client that gives a coordinate no sign abstains."""
 LENGTHENS = {"fltrust"}
 """Rows are brought to the length of the server's, so the value may lie beyond them all."""
-ORIGIN = {"arc", "centered_clipping", "clip", "flame", "fltrust", "foolsgold", "signguard", *VOTES}
+ORIGIN = {
+    *("arc", "centered_clipping", "clip", "clipped_clustering", "clustering", "flame", "fltrust"),
+    *("foolsgold", "signguard", *VOTES),
+}
 """Rows are measured from the reference: the value moves with the rows only if that moves along."""
 FEASIBLE: dict[str, Callable[[int, int], bool]] = {
     "bulyan": lambda n, f: n >= 4 * f + 3,  # the paper's condition
@@ -65,8 +69,8 @@ MANY_WAYS = ["huge, both signs", "huge, random", "sixteen magnitudes"]
 ROBUST = [rule for rule in RULES if rule not in UNPROTECTED]
 CONTINUOUS = [rule for rule in RULES if rule not in VOTES]
 WEIGHTED = [
-    *("mean", "geometric_median", "median", "trimmed_mean", "medoid", "caf", "fltrust"),
-    *("sign_majority", "clip | mean", "arc | mean"),
+    *("mean", "geometric_median", "median", "trimmed_mean", "medoid", "caf"),
+    *("fltrust", "sign_majority", "clip | mean", "arc | mean"),
 ]
 """Rules with a weighted form that is exact: a share of two is two clients."""
 
@@ -394,6 +398,7 @@ ARGUMENTS = [
     "monna(index=4)",
     "mda(budget=1000)",
     "dnc(c=1.5)",
+    "clustering(linkage='single')",
     "arc | sign_majority(scale=0.01)",
 ]
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from sklearn.cluster import HDBSCAN, MeanShift, estimate_bandwidth
+from sklearn.cluster import HDBSCAN, AgglomerativeClustering, MeanShift, estimate_bandwidth
 
-from fedrobust import MDA, SMEA, InputError, aggregate
+from fedrobust import MDA, SMEA, InputError, aggregate, parse_rule
 from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules import mda as mda_rule
@@ -315,6 +315,37 @@ def flame(X: Matrix, f: int) -> Vector:
     return mean(clip(X[sorted(merged)], float(np.median(lengths))))
 
 
+def two_clusters(X: Matrix, far: Callable[[list[float]], float]) -> list[list[int]]:
+    """The two closest clusters become one until two are left; far: of the distances of all pairs."""
+    table = [[1 - cosine(x, y) for y in X] for x in X]
+    clusters = [[i] for i in range(len(X))]
+    while len(clusters) > 2:
+        a, b = min(
+            itertools.combinations(clusters, 2),
+            key=lambda pair: far([table[i][j] for i, j in itertools.product(*pair)]),
+        )
+        clusters = [c for c in clusters if c not in (a, b)] + [a + b]
+    return sorted(clusters, key=len)
+
+
+def larger_cluster(X: Matrix, far: Callable[[list[float]], float]) -> Matrix:
+    smaller, larger = two_clusters(X, far)
+    if len(smaller) == len(larger):
+        raise InputError("the paper does not say which of two equal clusters")
+    return X[sorted(larger)]
+
+
+def clustering(X: Matrix, f: int) -> Vector:
+    """Sattler et al. 2020, by complete linkage as in Blades."""
+    return mean(larger_cluster(X, max))
+
+
+def clipped_clustering(X: Matrix, f: int) -> Vector:
+    """Li, Ngai, Voigt 2023, in a first round: no lengths are known before."""
+    lengths = [math.sqrt(square(x)) for x in X]
+    return mean(larger_cluster(clip(X, float(np.median(lengths))), lambda d: sum(d) / len(d)))
+
+
 def signguard(X: Matrix, f: int) -> Vector:
     """Xu et al. 2022, algorithm 2, plain."""
     lengths = np.array([math.sqrt(square(x)) for x in X])
@@ -405,6 +436,8 @@ ORACLES: dict[str, Callable[[Matrix, int], Vector]] = {
     "fltrust": fltrust,
     "foolsgold": foolsgold,
     "flame": flame,
+    "clustering": clustering,
+    "clipped_clustering": clipped_clustering,
     "signguard": signguard,
     "arc | mean": lambda X, f: mean(arc(X, f)),
     "arc | smea": lambda X, f: smea(arc(X, f), f),
@@ -480,6 +513,115 @@ def test_flame_with_ties_zeros_and_few_rows(X: Matrix, admitted: Any) -> None:
     if result.scores is not None:
         assert not result.scores[list(admitted)].any()
         assert (result.scores[outside] > 0).all()
+
+
+ALIKE = [
+    (np.ones((10, 3)), range(10)),
+    (np.zeros((9, 3)), range(9)),
+    (np.eye(5), range(5)),  # all at right angles: no two clusters
+    (np.array([[1.0, 2.0]]), [0]),
+    (np.array([[1.0, 2.0], [-3.0, 1.0]]), [0, 1]),
+    (np.array([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]]), [0, 1]),
+    (np.array([[2.0], [1.0], [3.0], [-5.0]]), [0, 1, 2]),
+    (np.repeat([[1.0, 0.0], [0.0, 1.0]], [6, 4], axis=0), range(6)),
+    (np.repeat([[1.0, 0.0], [0.0, 1.0]], 5, axis=0), range(10)),  # neither is larger
+    (np.concatenate([np.zeros((4, 3)), 1 + np.eye(7, 3) / 9]), range(4, 11)),
+    (np.concatenate([np.zeros((6, 3)), 1 + np.eye(5, 3) / 9]), range(6)),
+    (np.concatenate([np.full((4, 3), -1e30), 1 + np.eye(7, 3) / 9]), range(4, 11)),
+    (np.outer(np.linspace(1, 9, 11), [0.3, 0.7, 0.1]).astype(np.float32), range(11)),
+]
+
+
+@pytest.mark.parametrize("rule", ["clustering", "clipped_clustering"])
+@pytest.mark.parametrize("linkage", ["complete", "average", "single"])
+@pytest.mark.parametrize(("X", "admitted"), ALIKE)
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+def test_two_clusters_with_ties_zeros_and_few_rows(
+    rule: str, linkage: str, X: Matrix, admitted: Any, eps: float
+) -> None:
+    result = aggregate(X, f"{rule}(linkage={linkage!r})", eps=eps)
+    assert result.weights is not None
+    assert result.scores is not None
+    assert np.isfinite(result.scores).all()
+    if np.median(np.linalg.norm(X, axis=1)) > 0 or rule == "clustering":
+        outside = np.setdiff1d(np.arange(len(X)), admitted)
+        assert not result.weights[outside].any()
+        assert (result.weights[list(admitted)] > 0).all()
+        assert not result.scores[list(admitted)].any()
+        assert (result.scores[outside] > 0).all()
+    else:
+        assert not result.value.any()
+
+
+@pytest.mark.parametrize("linkage", ["complete", "average", "single"])
+@pytest.mark.parametrize(("n", "d"), [(10, 4), (11, 40), (30, 7), (31, 100)])
+@pytest.mark.parametrize("seed", range(5))
+def test_two_clusters_are_those_of_scikit_learn(linkage: str, n: int, d: int, seed: int) -> None:
+    X = rows(n, d, n // 4, seed) + 1
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    found = AgglomerativeClustering(n_clusters=2, metric="precomputed", linkage=linkage)
+    labels = found.fit(np.maximum(1 - unit @ unit.T, 0)).labels_
+    larger = labels == np.argmax(np.bincount(labels))
+    larger |= 2 * larger.sum() == n
+    for rule in ("clustering", "clipped_clustering"):
+        weights = aggregate(X, f"{rule}(linkage={linkage!r})").weights
+        assert weights is not None
+        np.testing.assert_array_equal(weights > 0, larger)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_single_linkage_is_the_papers_bipartition(seed: int) -> None:
+    """Sattler et al. 2020: of all bipartitions the one whose largest cosine across is smallest."""
+    X = np.random.default_rng(seed).normal(size=(7, 3))
+
+    def across(part: tuple[int, ...]) -> float:
+        return max(cosine(X[i], X[j]) for i in part for j in range(7) if j not in part)
+
+    parts = [p for size in range(1, 4) for p in itertools.combinations(range(7), size)]
+    smaller = min(parts, key=across)
+    weights = aggregate(X, "clustering(linkage='single')").weights
+    assert weights is not None
+    np.testing.assert_array_equal(np.flatnonzero(weights == 0), smaller)
+
+
+@pytest.mark.parametrize("rule", ["clustering", "clipped_clustering"])
+def test_clusters_are_as_heavy_as_their_mass(rule: str) -> None:
+    X = np.array([[1.0, 0.1], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.1], [-1.0, 0.2]])
+    heavy = aggregate(X, rule, [3, 3, 1, 1, 1]).weights
+    level = aggregate(X, rule, [3, 3, 2, 2, 2]).weights
+    assert heavy is not None
+    assert level is not None
+    np.testing.assert_array_equal(heavy > 0, [True, True, False, False, False])
+    assert (level > 0).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9])
+def test_a_crowd_with_next_to_no_share_is_no_heavy_cluster(share: float) -> None:
+    honest = 1 + np.random.default_rng(0).normal(size=(9, 30)) / 4
+    crowd = -1e-3 * np.abs(np.random.default_rng(1).normal(size=(20, 30)))
+    shares = [*np.full(20, share), *np.ones(9)]
+    for rule in ("clustering", "clipped_clustering"):
+        result = aggregate(np.concatenate([crowd, honest]), rule, shares)
+        assert result.weights is not None
+        assert not result.weights[:20].any()
+        if share == 0:
+            np.testing.assert_allclose(result.value, aggregate(honest, rule).value)
+        assert np.linalg.norm(result.value) > 0.9 * np.linalg.norm(mean(honest))
+
+
+def test_clients_without_share_split_nobody() -> None:
+    X = np.random.default_rng(0).normal(size=(12, 5)) + 1
+    X[0] = -X[1:].mean(0)
+    shares = [0.0, *np.ones(11)]
+    for rule in ("clustering", "clipped_clustering"):
+        with_guest = aggregate(X, rule, shares).value
+        np.testing.assert_allclose(with_guest, aggregate(X[1:], rule).value)
+
+
+@pytest.mark.parametrize("rule", ["clustering", "clipped_clustering"])
+def test_an_unknown_linkage_is_named(rule: str) -> None:
+    with pytest.raises(InputError, match="linkage must be one of complete, average, single"):
+        parse_rule(f"{rule}(linkage='ward')")
 
 
 @pytest.mark.parametrize("rule", ["mda", "smea"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedrobust.rules.auto_gm import AutoGM
 from fedrobust.rules.bulyan import Bulyan
 from fedrobust.rules.caf import CAF
 from fedrobust.rules.centered_clipping import CenteredClipping
@@ -39,6 +40,7 @@ from fedrobust.text import parse_chain
 
 CATALOG: dict[str, type[Rule]] = {
     "arc": ARC,
+    "auto_gm": AutoGM,
     "bucketing": Bucketing,
     "bulyan": Bulyan,
     "caf": CAF,
@@ -96,6 +98,7 @@ __all__ = [
     "NNM",
     "SMEA",
     "Aggregator",
+    "AutoGM",
     "Bucketing",
     "Bulyan",
     "CenteredClipping",

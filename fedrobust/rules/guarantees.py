@@ -85,7 +85,7 @@ FLTrust: the value is no longer than the server's row.
 None for mean (unbounded), filter, entropy_filter and no_regret (their levels depend on the round's own
 bulk: the certificate gives their number), centered_clipping and clip | mean (they depend on the
 starting point), dnc, bulyan, clustering, clipped_clustering, flame, foolsgold, signguard,
-sign_majority.
+sign_majority, auto_gm (its bound is in distances from the geometric median: see there).
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ MANY_WAYS = ["huge, both signs", "huge, random", "sixteen magnitudes"]
 ROBUST = [rule for rule in RULES if rule not in UNPROTECTED]
 CONTINUOUS = [rule for rule in RULES if rule not in VOTES]
 WEIGHTED = [
-    *("mean", "geometric_median", "median", "trimmed_mean", "medoid", "caf"),
+    *("mean", "geometric_median", "auto_gm", "median", "trimmed_mean", "medoid", "caf"),
     *("fltrust", "sign_majority", "clip | mean", "arc | mean"),
 ]
 """Rules with a weighted form that is exact: a share of two is two clients."""
@@ -398,6 +398,7 @@ ARGUMENTS = [
     "monna(index=4)",
     "mda(budget=1000)",
     "dnc(c=1.5)",
+    "auto_gm(regulariser=2.0)",
     "clustering(linkage='single')",
     "arc | sign_majority(scale=0.01)",
 ]

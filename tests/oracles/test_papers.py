@@ -12,7 +12,7 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering, MeanShift, estimate_bandwidth
 
-from fedrobust import MDA, SMEA, InputError, aggregate, parse_rule
+from fedrobust import MDA, SMEA, InputError, aggregate
 from fedrobust.gram import Gram
 from fedrobust.kernels import Matrix, Vector
 from fedrobust.rules import mda as mda_rule
@@ -618,10 +618,93 @@ def test_clients_without_share_split_nobody() -> None:
         np.testing.assert_allclose(with_guest, aggregate(X[1:], rule).value)
 
 
-@pytest.mark.parametrize("rule", ["clustering", "clipped_clustering"])
-def test_an_unknown_linkage_is_named(rule: str) -> None:
-    with pytest.raises(InputError, match="linkage must be one of complete, average, single"):
-        parse_rule(f"{rule}(linkage='ward')")
+def nearest_point(X: Matrix, alphas: Vector, z: Vector) -> Vector:
+    """argmin_z sum_i alpha_i ||x_i - z|| by Weiszfeld's algorithm from z."""
+    for _ in range(20_000):
+        closeness = alphas / np.maximum(np.linalg.norm(X - z, axis=1), 1e-12)
+        before, z = z, closeness @ X / sum(closeness)
+        if math.sqrt(square(z - before)) < 1e-13:
+            break
+    return z
+
+
+def auto_gm(X: Matrix, c: float) -> Vector:
+    """Li, Ngai, Voigt 2023, algorithm 1, with lambda = c n times the median distance at first."""
+    n = len(X)
+    z = nearest_point(X, np.full(n, 1 / n), mean(X))
+    lam = c * n * sorted(np.linalg.norm(X - z, axis=1))[(n - 1) // 2]
+    for _ in range(200):
+        distances = np.linalg.norm(X - z, axis=1)
+        eta, nearest = math.inf, sorted(distances)
+        for p in range(1, n + 1):
+            candidate = (sum(nearest[:p]) + lam) / p
+            if candidate < nearest[p - 1]:
+                break
+            eta = candidate
+        alphas = np.array([max(eta - d, 0) / lam for d in distances])
+        assert sum(alphas) == pytest.approx(1)
+        before, z = z, nearest_point(X, alphas, z)
+        if math.sqrt(square(z - before)) < 1e-12:
+            break
+    return z
+
+
+@pytest.mark.parametrize("c", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize(("n", "d", "f"), [shape for shape in SHAPES if shape[1] > 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_auto_weighted_median_is_the_papers(c: float, n: int, d: int, f: int, seed: int) -> None:
+    X = rows(n, d, f, seed)
+    value = aggregate(X, f"auto_gm(regulariser={c})", eps=f / n).value
+    np.testing.assert_allclose(value, auto_gm(X, c), atol=1e-3 if c < 1 else 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_auto_weights_come_from_the_median_to_the_nearest_rows(seed: int) -> None:
+    X = rows(20, 6, 0, seed)
+    median = aggregate(X, "geometric_median")
+    smooth = aggregate(X, "auto_gm(regulariser=1e9)")
+    np.testing.assert_allclose(smooth.value, median.value, atol=1e-6)
+    sharp = aggregate(X, "auto_gm(regulariser=1e-9)")
+    assert median.scores is not None
+    np.testing.assert_allclose(sharp.value, X[np.argmin(median.scores)], atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("c", [0.3, 1.0, 3.0])
+def test_the_bound_that_auto_gm_states(seed: int, c: float) -> None:
+    X, honest, f = attacked(seed)
+    eps = f / len(X)
+    result, median = aggregate(X, f"auto_gm(regulariser={c})"), aggregate(X, "geometric_median")
+    assert median.scores is not None
+    typical = sorted(median.scores)[(len(X) - 1) // 2]
+    assert typical <= max(median.scores[f:]) * (1 + 1e-6)
+    if c > 2 * eps / (1 - 2 * eps):
+        nearest = min(math.sqrt(square(result.value - x)) for x in honest)
+        assert nearest <= 4 * (1 + c) * typical
+
+
+@pytest.mark.parametrize(
+    ("X", "value"),
+    [
+        (np.ones((10, 3)), np.ones(3)),
+        (np.zeros((9, 3)), np.zeros(3)),
+        (np.array([[1.0, 2.0]]), [1.0, 2.0]),
+        (np.array([[1.0, 2.0], [3.0, 0.0]]), [2.0, 1.0]),
+        (np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]), [0.0, 0.0]),
+        (np.concatenate([np.zeros((6, 3)), np.full((5, 3), 1e30)]), np.zeros(3)),
+        (np.concatenate([np.full((4, 3), 1e30), 1 + np.zeros((7, 3))]), np.ones(3)),
+        (np.array([[0.0], [1.0], [2.0]]), [1.0]),
+    ],
+)
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+@pytest.mark.parametrize("c", [1e-9, 1.0, 1e9])
+def test_auto_gm_with_ties_zeros_and_few_rows(X: Matrix, value: Any, eps: float, c: float) -> None:
+    result = aggregate(X, f"auto_gm(regulariser={c})", eps=eps)
+    assert result.weights is not None
+    assert result.scores is not None
+    assert np.isfinite(result.scores).all()
+    assert result.weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(result.value, value, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["mda", "smea"])

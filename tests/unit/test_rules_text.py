@@ -72,7 +72,7 @@ def test_the_repr_is_the_text(rule: Any, text: str) -> None:
     [
         (
             "flter",
-            r"unknown rule 'flter' \(did you mean filter\?\); choose from arc, bucketing, bulyan,",
+            r"unknown rule 'flter' \(did you mean filter\?\); choose from arc, auto_gm, bucketing,",
         ),
         ("zzz", r"unknown rule 'zzz'; choose from .*trimmed_mean"),
         ("nnm | medain", r"did you mean median\?"),
@@ -97,6 +97,9 @@ def test_the_repr_is_the_text(rule: Any, text: str) -> None:
         ("bucketing(2.0)", r"s must be int, got 2\.0"),
         ("bucketing(0)", r"s must be at least 1"),
         ("multi_krum(0)", r"m must be at least 1"),
+        ("auto_gm(0)", r"regulariser must be positive"),
+        ("clustering('ward')", r"linkage must be one of complete, average, single"),
+        ("clipped_clustering('ward')", r"linkage must be one of"),
         ("geometric_median(steps=0)", r"steps must be at least 1"),
         ("geometric_median(nu=0.0)", r"nu must be positive"),
         ("geometric_median(nu=1e999)", r"nu must be"),

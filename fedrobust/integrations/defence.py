@@ -163,7 +163,7 @@ class Defence:
         rule = composition(self.rule)
         if rule.anchors:
             raise InputError(
-                f"{rule!r} looks at an update of the server's own, which there is none of in here: "
+                f"{rule!r} looks at an update of the server's own, which cannot be given here: "
                 "choose another rule, or run `fedrobust serve` with --root"
             )
         check_seed(self.seed)

@@ -59,7 +59,7 @@ class Clustering(Weighting):
         """Weigh the rows."""
         distances = cosine_distances(gram)
         held = np.flatnonzero(gram.shares)
-        labels = _two_clusters(distances[np.ix_(held, held)], self.linkage)
+        labels = _two_clusters(distances, held, self.linkage)
         masses = np.bincount(labels, gram.shares[held])
         admitted = np.zeros(gram.n, dtype=bool)
         admitted[held] = (masses.max() - masses <= _ALIKE)[labels]
@@ -107,15 +107,22 @@ def _require_linkage(rule: Rule, linkage: str) -> None:
     rule.require(linkage in _LINKAGES, f"linkage must be one of {', '.join(_LINKAGES)}")
 
 
-def _two_clusters(distances: Matrix, linkage: str) -> npt.NDArray[np.intp]:
-    """(n,) 0 or 1: who is in which cluster; all 0 where the last two links are equally long."""
-    if len(distances) < 2:
-        return np.zeros(len(distances), dtype=np.intp)
+def _two_clusters(distances: Matrix, held: npt.NDArray[np.intp], linkage: str) -> npt.NDArray[np.intp]:
+    """(k,) 0 or 1: who of these k rows is in which cluster; 0 where the last two links are as long.
+
+    Args:
+        distances: (n, n) of all rows.
+        held: (k,) which rows there are, ascending.
+        linkage: how far apart two clusters are.
+    """
+    if len(held) < 2:
+        return np.zeros(len(held), dtype=np.intp)
     from scipy.cluster import hierarchy  # noqa: PLC0415 (takes a while)
     from scipy.spatial.distance import squareform  # noqa: PLC0415
 
-    order = np.argsort(np.round(distances.sum(axis=1), DIGITS), kind="stable")
-    tree = hierarchy.linkage(squareform(distances[np.ix_(order, order)], checks=False), linkage)
+    order = np.argsort(np.round(distances[:, held].sum(axis=1)[held], DIGITS), kind="stable")
+    rows = held[order]
+    tree = hierarchy.linkage(squareform(distances[np.ix_(rows, rows)], checks=False), linkage)
     last_but_one = tree[-2, 2] if len(tree) > 1 else 0.0
     labels = np.empty(len(order), dtype=np.intp)
     labels[order] = hierarchy.fcluster(tree, last_but_one + _ALIKE, "distance") - 1

@@ -28,6 +28,6 @@ def mean_of(gram: Gram, distances: Matrix, admitted: npt.NDArray[np.bool_]) -> M
 
     Scores are the (n, n) distances to the closest admitted row, 0 for those admitted.
     """
-    scores = np.where(admitted, 0.0, distances[:, admitted].min(axis=1))
+    scores = np.where(admitted, 0.0, distances.min(axis=1, where=admitted, initial=np.inf))
     weights = np.where(admitted, gram.shares, 0.0)
     return weigh(weights / weights.sum() if weights.any() else gram.shares, scores)

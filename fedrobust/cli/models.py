@@ -230,8 +230,7 @@ def _show(logs: dict[str, Log], written: Path, *, as_json: bool, step: float | N
 
     def accuracy(some: list[Log]) -> dict[str, float]:
         radii = radii_of(some, step)
-        found = envelope(some, radii)
-        return dict(zip(map(str, radii.tolist()), found.tolist(), strict=True))
+        return dict(zip(map(str, radii.tolist()), envelope(some, radii).tolist(), strict=True))
 
     for name, log in logs.items():
         figures = {

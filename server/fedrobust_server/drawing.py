@@ -53,7 +53,7 @@ STYLES = [
 
 
 def style(number: int) -> Style:
-    """The number-th of many lines or markers, from 0, so that the first 36 differ in more than a colour.
+    """The number-th of many lines or markers, from 0; no two of the first 36 look alike.
 
     Each round of colours has its dashes and markers shifted.
     """

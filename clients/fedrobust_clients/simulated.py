@@ -13,6 +13,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from fedrobust.data import load
+from fedrobust.devices import accelerator
 from fedrobust.errors import InputError
 from fedrobust.training import Learner, Shared, Task, client_name, updates
 from fedrobust_clients.malicious import Malicious, Threat
@@ -32,7 +33,7 @@ class Crew:
     ) -> None:
         """Bring the members to life; the threat says which of them are malicious."""
         torch.set_num_threads(1)
-        dataset = load(task.dataset, data_dir)
+        dataset = load(task.dataset, data_dir).to(accelerator())
         shared = Shared.of(task, dataset)
         self._members: dict[int, Honest | Malicious] = {
             i: Honest(Learner(task, dataset, i, shared=shared)) for i in members

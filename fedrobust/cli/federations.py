@@ -349,6 +349,7 @@ def _client(options: argparse.Namespace) -> int:
     from fedrobust_proto.v1.federation_pb2 import Status
 
     from fedrobust.data import load
+    from fedrobust.devices import accelerator
     from fedrobust.training import Learner, Task, client_name, own_learner
 
     threat = _threat(options)
@@ -366,8 +367,8 @@ def _client(options: argparse.Namespace) -> int:
 
     def prepare(task: Task) -> Runtime:
         if own is not None:
-            return Honest(own_learner(task, own, options.id))
-        dataset = load(task.dataset, options.data_dir)
+            return Honest(own_learner(task, own.to(accelerator()), options.id))
+        dataset = load(task.dataset, options.data_dir).to(accelerator())
         honest = Honest(Learner(task, dataset, options.id))
         if threat is None:
             return honest

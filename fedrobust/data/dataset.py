@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,11 @@ class Dataset:
     test_y: Tensor
     classes: int
     normalisation: Normalisation = Normalisation()
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same, with its tensors on a device: there models are built, trained and judged."""
+        names = "train_x", "train_y", "test_x", "test_y"
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @property
     def shape(self) -> tuple[int, int, int]:

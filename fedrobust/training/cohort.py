@@ -21,6 +21,8 @@ from fedrobust.training.vectors import manifest, split_vector
 T = TypeVar("T")
 _ELEMENTS = 1 << 20
 """So many numbers a thread works on at a time: they fit its cache, whatever the number of clients."""
+_ELEMENTS_OF_GPU = 1 << 26
+"""The same where they are on a GPU, which wants much to do at a time: a quarter of a GiB."""
 
 
 def updates(
@@ -44,12 +46,12 @@ def updates(
     Args:
         learners: of the same task, which share a module (`Shared.of`).
         round: the number of the round, from 1.
-        model: (d,) float32, the broadcast parameters; left as it is.
+        model: (d,) float32, the broadcast parameters; left as it is. On any device.
         leash: as for `Learner.update`.
         out: (k, d) float32, contiguous, is filled and returned; None makes a new one.
 
     Returns:
-        (k, d) float32, a row a learner.
+        (k, d) float32, a row a learner, on the model's device.
 
     Raises:
         InputError: the vector's length is not the model's.
@@ -60,14 +62,20 @@ def updates(
     layers = _layers(module)
     plain = is_plain(module)
     if leash == FREE and plain and _is_dense(layers) and learners[0].objective == CrossEntropy():
+        start = model.to(learners[0].x.device)
         each = len(model) + _largest_batch(learners) * learners[0].x[0].numel()
-        count = max(1, min(_ELEMENTS // each, -(-len(learners) // threads)))
+        memory = _ELEMENTS if start.device.type == "cpu" else _ELEMENTS_OF_GPU
+        count = max(1, min(memory // each, -(-len(learners) // threads)))
         parts = [slice(i, i + count) for i in range(0, len(learners), count)]
         # Drawn before threads start, which would wait for each other's interpreter.
         plans = [learner.batches(round) for learner in learners]
 
         def together(part: slice) -> None:
-            _train(learners[part], plans[part], layers, model, rows[part])
+            sent = rows[part]
+            here = sent.to(start.device)  # the same memory, where the model is there already
+            _train(learners[part], plans[part], layers, start, here)
+            if here is not sent:
+                sent.copy_(here)
 
         _spread([together] * min(threads, len(parts)), parts)
         return rows
@@ -155,10 +163,10 @@ def _batches(
     images = x.new_empty(len(learners), size, *x.shape[1:])
     labels = y.new_empty(len(learners), size)
     own_sizes = torch.tensor([plan.shape[1] for plan in plans]).unsqueeze(1)
-    shares = (torch.arange(size) < own_sizes) / own_sizes
+    shares = ((torch.arange(size) < own_sizes) / own_sizes).to(x.device)
     full = [torch.cat([plan, plan[:, :1].expand(-1, size - plan.shape[1])], dim=1) for plan in plans]
     groups = [list(g) for _, g in groupby(range(len(learners)), lambda i: _tensors(learners[i]))]
-    for rows in torch.stack(full, dim=1):
+    for rows in torch.stack(full, dim=1).to(x.device):
         for group in groups:
             own, span = learners[group[0]], slice(group[0], group[-1] + 1)
             torch.index_select(own.x, 0, rows[span].flatten(), out=images[span].flatten(0, 1))

@@ -73,7 +73,7 @@ class Shared:
         Raises:
             InputError: the task does not fit the dataset.
         """
-        return cls(task.build_model(dataset), task.partition(dataset.train_y.numpy()))
+        return cls(task.build_model(dataset), task.partition(dataset.train_y.cpu().numpy()))
 
 
 class Learner:
@@ -119,7 +119,9 @@ class Learner:
         self.mine = torch.from_numpy(shared.parts[client])
         if poison or alone:
             x, y = self.x[self.mine], self.y[self.mine]
-            self.x, self.y = poison(x, y) if poison else (x, y)
+            if poison:  # worked out on the processor: the same wherever the clients train
+                x, y = (part.to(self.x.device) for part in poison(x.cpu(), y.cpu()))
+            self.x, self.y = x, y
             self.mine = torch.arange(len(self.x))
         if not (len(self.mine) and len(self.x) == len(self.y)):
             raise InputError(
@@ -147,7 +149,7 @@ class Learner:
         Sanjabi, Talwalkar, Smith 2020, arXiv 1812.06127, equation 2). Batches walk through the examples
         in random order, shuffled anew when all have been seen. That order, and what objectives and
         layers such as dropout draw, depends on (task.seed, client, round) alone, so the result is the
-        same wherever and whenever it is worked out. The update is delta = w_K - w_0.
+        same wherever and whenever it is worked out on a kind of device. The update is delta = w_K - w_0.
 
         With momentum m the client sends u_t = m * u_{t-1} + (1 - m) * delta_t instead, and
         u_1 = delta_1: call once per round, in order. Source: Karimireddy, He, Jaggi, "Learning from
@@ -168,24 +170,25 @@ class Learner:
             module: a copy of the learner's own to work with, so that several can work at a time.
 
         Returns:
-            (d,) float32.
+            (d,) float32, on the device of `model`, whichever the learner works on: that of its images.
 
         Raises:
             InputError: the vector's length is not the model's.
         """
         module = module or self.module
-        load_vector(module, model)
+        start = model.to(self.x.device)
+        load_vector(module, start)
         module.train()
         parameters = list(module.parameters())
-        origins = split_vector(model, manifest(module)).values()
-        generator = torch.Generator().manual_seed(self._seed(NOISE, round))
+        origins = split_vector(start, manifest(module)).values()
+        generator = torch.Generator(start.device).manual_seed(self._seed(NOISE, round))
         step = Step(module, self._scale, generator, round - 1)
         with self._draws(round):
-            for rows in self.batches(round):
+            for rows in self.batches(round).to(start.device):
                 loss = leash.alpha * self.objective(step, self.x[rows], self.y[rows])
                 if leash.alpha < 1:  # its gradient at w = w_0 is 0, by torch's choice among subgradients
                     # In the vector's order, whatever the memory's: convolutions have channels last.
-                    moved = torch.cat([parameter.reshape(-1) for parameter in parameters]) - model
+                    moved = torch.cat([parameter.reshape(-1) for parameter in parameters]) - start
                     loss = loss + (1 - leash.alpha) * torch.linalg.vector_norm(moved)
                 gradients = torch.autograd.grad(loss, parameters)
                 with torch.no_grad():
@@ -193,14 +196,14 @@ class Learner:
                         pull(self.task, parameter, origin)
                         parameter.sub_(gradient, alpha=self.task.lr)
                 if leash.radius < math.inf:
-                    _project(module, model, leash.radius)
-        return self.with_momentum(to_vector(module).sub_(model))
+                    _project(module, start, leash.radius)
+        return self.with_momentum(to_vector(module).sub_(start)).to(model.device)
 
     def _draws(self, round: int) -> AbstractContextManager[None]:  # noqa: A002
         """What a module may draw from torch's global generator; our own models draw nothing."""
         parts = self.module.modules()
         if is_import_path(self.task.model) or any(isinstance(part, _DropoutNd) for part in parts):
-            return seeded(self._seed(LAYERS, round))
+            return seeded(self._seed(LAYERS, round), self.x.device)
         return nullcontext()
 
     def _seed(self, stream: int, round: int) -> int:  # noqa: A002

@@ -139,7 +139,8 @@ class Task(Textual):
         Raises:
             InputError: the images are too small for the model, or what its path names is no model.
         """
-        return parse_model(self.model)(dataset.shape, dataset.classes, self.seed)
+        module = parse_model(self.model)(dataset.shape, dataset.classes, self.seed)
+        return module.to(dataset.train_x.device)
 
     def draws(self, number: int) -> int:
         """The seed of what the server draws in a round, which clients that know the task know, too."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
-import torch
 from fedrobust_server.config import RunConfig, read_config
 from fedrobust_server.runs import read_checkpoint, save_tensors
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from fedrobust import InputError
 from fedrobust.data import Dataset, load
+from fedrobust.devices import accelerator
 from fedrobust.text import choose
 from fedrobust.training import (
     Course,
@@ -83,7 +83,7 @@ def train_in(
     claim(folder / _CONFIG, about, f"{folder} holds another training or run", "the whole folder")
     if (folder / _STATE).exists():
         at = _read(folder / _STATE)
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(accelerator())
     for at in train(course, dataset, module, at):  # noqa: B020 (it goes on from where it is)
         _write(folder / _STATE, at)
         watch(at)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedrobust import InputError
 from fedrobust.data import Dataset, load
+from fedrobust.devices import accelerator
 from fedrobust.smoothing import (
     Entry,
     Log,
@@ -144,6 +145,7 @@ class Plan(Textual):
             x, y, adversary, self.m, naive=self.naive, limits=limits, seed=self.seed, ids=which
         )
         if self.noise == "rounded":  # towards the image, so that none goes further than eps
+            x = x.to(found.device)
             found = x + ((found - x) * 255).trunc() / 255
         label = classifier.predict(found, self.n, self.alpha, seed=self.seed, ids=which)
         return label, np.full(len(label), adversary.eps)
@@ -193,7 +195,7 @@ class Asked:
         module = self.trained.source.build_model(self.dataset)
         load_vector(module, self.vector)
         module = self.dataset.normalisation.of_pixels(module)
-        module.to("cuda" if torch.cuda.is_available() else "cpu")
+        module.to(accelerator())
         return self.plan.classifier(module, self.dataset.classes)
 
 

@@ -33,7 +33,7 @@ def measure(
 
     Args:
         config: of the run.
-        dataset: that its task names.
+        dataset: that its task names; models are trained and judged on its device.
         evaluations: how often the model is judged on the way.
         plan: how the last model is certified; None: not at all.
 

@@ -75,7 +75,7 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
 
     Args:
         config: of the run.
-        dataset: that its task names.
+        dataset: that its task names; clients train on its device, and the server is on the processor.
 
     Raises:
         InputError: the task does not fit the dataset, or the attack does not fit the task.
@@ -83,7 +83,10 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
     shared = Shared.of(config.task, dataset)
     if config.initial:
         load_vector(shared.module, read_checkpoint(Path(config.initial), shared.module))
-    cast, table = Cast.of(config, dataset, shared), _Table(config, dataset, to_vector(shared.module))
+    cast, table = (
+        Cast.of(config, dataset, shared),
+        _Table(config, dataset, to_vector(shared.module).cpu()),
+    )
     plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, config.task.seed)
     *others, last = map(client_name, range(config.task.clients))
     state = machine.State(plan, present=frozenset(others))

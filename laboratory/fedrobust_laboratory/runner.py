@@ -17,7 +17,8 @@ from fedrobust_server import lifeline
 from fedrobust_server.launch import start_ray
 
 from fedrobust import InputError, __version__
-from fedrobust.data import load
+from fedrobust.data import Dataset, load
+from fedrobust.devices import accelerator
 from fedrobust.trials import Setting, Trial, begun
 from fedrobust_laboratory.certification import parse_plan
 from fedrobust_laboratory.findings import REFUSED
@@ -27,7 +28,6 @@ from fedrobust_laboratory.measure import measure
 TRIALS = "trials.jsonl"
 CURVES = ("curve", "certified")
 """Figures that are not one number."""
-_load = cache(load)
 
 
 def compare(
@@ -104,6 +104,11 @@ def _in_parallel(planned: Sequence[Trial], data_dir: Path | None) -> Iterator[Tr
             with lifeline.told("a run"):
                 trial = ray.get(run)
             yield trial
+
+
+@cache
+def _load(name: str, data_dir: Path | None) -> Dataset:
+    return load(name, data_dir).to(accelerator())
 
 
 def _run(planned: Trial, data_dir: Path | None) -> Trial:

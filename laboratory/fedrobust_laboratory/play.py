@@ -83,10 +83,8 @@ def play(config: RunConfig, dataset: Dataset) -> Iterator[Played]:
     shared = Shared.of(config.task, dataset)
     if config.initial:
         load_vector(shared.module, read_checkpoint(Path(config.initial), shared.module))
-    cast, table = (
-        Cast.of(config, dataset, shared),
-        _Table(config, dataset, to_vector(shared.module).cpu()),
-    )
+    cast = Cast.of(config, dataset, shared)
+    table = _Table(config, dataset, to_vector(shared.module).cpu())
     plan = machine.Plan(config.rounds, config.needed, config.sample, config.quorum, config.task.seed)
     *others, last = map(client_name, range(config.task.clients))
     state = machine.State(plan, present=frozenset(others))

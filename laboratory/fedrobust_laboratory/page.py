@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def tables(trials: Sequence[Trial], grid: Grid) -> list[Table]:
     rules = ranked(fields)
     found = [worst_cases(fields, rules)]
     for arena in fields:
-        found.append(_cells(arena, "accuracy_last", "Accuracy", _ACCURACY))
+        found.append(_accuracy(arena))
         found.append(_cells(arena, "success", "Success of attacks with an aim", _SUCCESS))
         found.append(_cells(arena, "worst_class", "Accuracy on the worst class", _WORST_CLASS))
         found.append(_cells(arena, "honest_lost", "Honest clients that hardly count", _LOST))
@@ -160,6 +160,14 @@ def worst_cases(fields: Sequence[Arena], rules: Sequence[str]) -> Table:
     header = ["rule", *(arena.label or "accuracy" for arena in fields)]
     caption = f"{_ACCURACY} Of the worst attack for each rule, which is named. Bold: the best rule."
     return Table("The worst case of each rule", caption, header, rows)
+
+
+def _accuracy(arena: Arena) -> Table:
+    """Of each rule under each attack, the worst case last."""
+    cells = _cells(arena, "accuracy_last", "Accuracy", _ACCURACY)
+    worst = {f"`{rule}`": _figure(cell) for rule, (_, cell) in arena.worst().items()}
+    rows = [[*row, worst[row[0]]] for row in cells.rows]
+    return replace(cells, header=[*cells.header, "worst"], rows=rows)
 
 
 def _cells(arena: Arena, figure: str, title: str, caption: str) -> Table:

@@ -405,6 +405,9 @@ def test_the_worst_attack_is_the_one_with_the_lowest_mean() -> None:
     assert worst["filter"][0] == "none"
     assert ranked([arena]) == ["filter", "mean"]
     assert arena.percent()["filter"]["ipm"].count == 0
+    table = next(table for table in page.tables(trials, grid()) if table.title == "Accuracy")
+    assert list(table.header) == ["rule", "none", "ipm", "worst"]
+    assert [row[-1] for row in table.rows] == ["70.0", "30.0 ± 14.1"]
 
 
 def test_a_rule_is_ranked_by_the_arenas_that_try_it() -> None:

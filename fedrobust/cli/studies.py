@@ -94,6 +94,13 @@ def _compare_options(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--data-dir", type=Path, help="where datasets are [$FEDROBUST_DATA]")
     compare.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
     compare.add_argument(
+        "--gpu",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of a GPU for each run, which trains on it: 0.25 has four runs at a time on one [0: none]",
+    )
+    compare.add_argument(
         "--to",
         type=Path,
         metavar="FOLDER",
@@ -185,7 +192,7 @@ def _compare(options: argparse.Namespace) -> int:
         def ended(trial: Trial) -> None:
             watch(f"{trial.setting['rule']}, {trial.setting['attack']}")
 
-        trials = compare(grid, folder, options.data_dir, options.ray_address, ended)
+        trials = compare(grid, folder, options.data_dir, options.ray_address, ended, options.gpu)
     written = page.write(trials, grid, folder, shlex.join(["fedrobust", *options.arguments]))
     if options.json:
         for trial in trials:

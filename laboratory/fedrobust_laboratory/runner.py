@@ -36,6 +36,7 @@ def compare(
     data_dir: Path | None = None,
     ray_address: str | None = None,
     watch: Callable[[Trial], None] = lambda _trial: None,
+    gpu: float = 0.0,
 ) -> list[Trial]:
     """Run all of a grid but what the folder has already; one that was cut short goes on.
 
@@ -48,14 +49,17 @@ def compare(
         data_dir: where datasets are; None reads FEDROBUST_DATA.
         ray_address: a Ray cluster to join; None starts one on this machine.
         watch: is told of every run as it has ended, those of an earlier time first.
+        gpu: the share of a GPU that a run takes, 0.25 for four at a time on each; 0: none.
 
     Returns:
         The runs in the grid's order.
 
     Raises:
-        InputError: a value is wrong, the data is not there, no run of the grid can be, or `trials.jsonl`
-            holds something else or trials that another version of fedrobust ran.
+        InputError: a value is wrong, the data is not there, no run of the grid can be, Ray knows of no
+            GPU, or `trials.jsonl` holds something else or trials that another version of fedrobust ran.
     """
+    if not 0 <= gpu <= 1:
+        raise InputError(f"gpu, the share that a run takes, must be in 0 .. 1, got {gpu}")
     plan = list({trial.key: trial for trial in map(_trial, grid.settings())}.values())
     for name in {planned.setting["dataset"] for planned in plan}:
         load(name, data_dir)  # what every run would fail on, told at once
@@ -68,7 +72,7 @@ def compare(
             watch(kept[planned.key])
     if missing:
         with path.open("a") as file, start_ray(ray_address):
-            for trial in _in_parallel(missing, data_dir):
+            for trial in _in_parallel(missing, data_dir, gpu):
                 file.write(json.dumps(trial.__dict__) + "\n")
                 file.flush()
                 kept[trial.key] = trial
@@ -86,15 +90,17 @@ def _trial(setting: Setting) -> Trial:
     return Trial(rest, setting["seed"], {}, 0.0)
 
 
-def _in_parallel(planned: Sequence[Trial], data_dir: Path | None) -> Iterator[Trial]:
+def _in_parallel(planned: Sequence[Trial], data_dir: Path | None, gpu: float) -> Iterator[Trial]:
     """The trials as they end, in whatever order."""
-    remote: Any = ray.remote(num_cpus=1, max_retries=3)(_run)
+    remote: Any = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=3)(_run)
     data = None if data_dir is None else data_dir.resolve()
-    # All at once would keep the driver busy.
-    ahead = 2 * int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if gpu and not resources.get("GPU"):
+        raise InputError("Ray knows of no GPU here: leave out --gpu, or join a cluster that has one")
+    ahead = 2 * int(resources.get("CPU", 1))  # all at once would keep the driver busy
     left, waiting = iter(planned), list[Any]()
     while True:
-        waiting += [remote.remote(t, data) for t in islice(left, ahead - len(waiting))]
+        waiting += [remote.remote(t, data, gpu > 0) for t in islice(left, ahead - len(waiting))]
         if not waiting:
             return
         ended, waiting = ray.wait(waiting, timeout=lifeline.PAUSE)
@@ -107,18 +113,19 @@ def _in_parallel(planned: Sequence[Trial], data_dir: Path | None) -> Iterator[Tr
 
 
 @cache
-def _load(name: str, data_dir: Path | None) -> Dataset:
-    return load(name, data_dir).to(accelerator())
+def _load(name: str, data_dir: Path | None, on_gpu: bool) -> Dataset:
+    dataset = load(name, data_dir)
+    return dataset.to(accelerator()) if on_gpu else dataset
 
 
-def _run(planned: Trial, data_dir: Path | None) -> Trial:
+def _run(planned: Trial, data_dir: Path | None, on_gpu: bool) -> Trial:
     torch.set_flush_denormal(True)  # as the server's shards do
     torch.set_num_threads(1)
     began = time.perf_counter()
     try:
         config = configuration({**planned.setting, "seed": planned.seed})
         plan = parse_plan(planned.setting["certify"]) if "certify" in planned.setting else None
-        dataset = _load(config.task.dataset, data_dir)
+        dataset = _load(config.task.dataset, data_dir, on_gpu)
         figures = measure(config, dataset, planned.setting["evaluations"], plan)
     except InputError as error:
         figures = {REFUSED: str(error)}

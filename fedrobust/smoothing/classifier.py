@@ -107,7 +107,8 @@ class SmoothedClassifier:
     ) -> Labels:
         """The class of each image; wrong about g with probability alpha at most, for each image.
 
-        PREDICT of Cohen et al. 2019, section 3.2.1.
+        PREDICT of Cohen et al. 2019, section 3.2.1. How far the n copies may be from the noise that is
+        meant, n times `Noise.error` in total variation, is taken off alpha.
 
         Args:
             x: (k, *shape) float32.
@@ -120,15 +121,23 @@ class SmoothedClassifier:
             (k,) int64, -1 where no class is clearly ahead.
 
         Raises:
-            InputError: an argument is out of its range, or the model does not fit the images.
+            InputError: an argument is out of its range, so many copies leave nothing of alpha, or the
+                model does not fit the images.
         """
         _check(alpha, n=n)
+        error = self.noise.error(x[:1].numel())
+        level = alpha - n * error
+        if level <= 0:
+            raise InputError(
+                f"each noisy copy may be drawn wrongly with probability {error:.1e}, so that n = {n} of "
+                f"them leave nothing of alpha = {alpha}: take less than {int(alpha / error)}"
+            )
 
         def answer(counter: Counter) -> Labels:
             counts = counter.more(n)
             order = counts.argsort(axis=1, kind="stable")[:, ::-1]
             first, second = np.take_along_axis(counts, order[:, :2], axis=1).T
-            return np.where(bounds.undecided(first, second, alpha), ABSTAIN, order[:, 0])
+            return np.where(bounds.undecided(first, second, level), ABSTAIN, order[:, 0])
 
         return np.concatenate(self._spread(x, seed, ids, answer))
 

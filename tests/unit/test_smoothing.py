@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 from scipy.stats import binom, binomtest
 from torch import Tensor, nn
 
@@ -250,6 +250,25 @@ def test_few_copies_under_rounded_noise_have_no_radius_that_is_no_number() -> No
     assert (found.label == ABSTAIN).all()
     assert (found.radius == 0).all()
     assert (bounds.radius(np.array([-1e-6, 0.0, 0.2, 0.5]), 1.0) == 0).all()
+
+
+def test_certificates_under_rounded_noise_hold_as_often_as_they_say() -> None:
+    """Of an image of whole levels, whose smoothed class is known exactly; 80 of 400 may be wrong."""
+    sigma, levels, runs, alpha = 0.5, 4, 400, 0.2
+    classifier = SmoothedClassifier(linear(torch.ones(1), -0.6), RoundedGaussian(sigma, levels), 2)
+    images = torch.full((runs, 1, 1), 1.0)
+    p = ndtr((1.0 - 0.625) / sigma)  # the noise leaves it at three quarters or more
+    found = classifier.certify(images, n0=10, n=200, alpha=alpha, seed=0)
+    assert 0 < (found.radius > sigma * ndtri(p)).sum() <= binom.ppf(0.9999, runs, alpha)
+
+
+def test_what_copies_are_drawn_wrongly_is_taken_off_the_error_of_a_prediction() -> None:
+    noise = RoundedGaussian(2.0)
+    classifier, image = SmoothedClassifier(conv(), noise, 3), images(1)
+    alpha = 60 * noise.error(image.numel())
+    assert classifier.predict(image, n=59, alpha=alpha, seed=0).tolist() == [ABSTAIN]
+    with pytest.raises(InputError, match=r"leave nothing of alpha = .*: take less than 60"):
+        classifier.predict(image, n=61, alpha=alpha, seed=0)
 
 
 def test_sigma_may_be_a_number_of_numpys() -> None:

@@ -35,13 +35,15 @@ class Adaptive(Attack):
     coordinate's longer tail (rows far out on the other side cost a trimmed mean that tail: the tight
     case of coordinate-wise rules), the server's own row where the rule has one and, where d leaves
     room, one fresh direction orthogonal to all of them. The disguise t gives each row an honest
-    client's own noise; m splits the coalition, to the point of turning one half against the other.
+    client's own deviation; a large one sends the rows far out and apart from each other, which rules
+    that look for alike rows take for honest. m splits the coalition, to the point of turning one half
+    against the other.
 
-    The search: each v_k alone, both ways, at scales between 0.3 and 30 and at 1e4; the best six
-    lines refined; then, from the best point and in all unknowns, Nelder-Mead and a random walk that
-    keeps what is better (rules jump where they start to notice, which stalls a simplex). A trial needs
-    the Gram matrix alone (see `Rehearsal`), unless the rule is coordinate-wise. What it finds is a
-    lower bound on what an attacker can do, not the maximum.
+    The search: each v_k alone and the disguise alone, both ways, at scales between 0.3 and 30 and at
+    1e4; the best six lines refined; then, from the best point and in all unknowns, Nelder-Mead and a
+    random walk that keeps what is better (rules jump where they start to notice, which stalls a
+    simplex). A trial needs the Gram matrix alone (see `Rehearsal`), unless the rule is coordinate-wise.
+    What it finds is a lower bound on what an attacker can do, not the maximum.
 
     Sees: `honest`, `rule`, `eps`.
 
@@ -69,7 +71,7 @@ class Adaptive(Attack):
         """The worst rows found, and what they are made of; beside the server's own row, if given."""
         moves = Moves.of(view, rng, root)
         trials = _Trials(moves, self.budget)
-        starts = moves.starts(scales=max(2, self.budget // (4 * len(moves.names))))
+        starts = moves.starts(scales=max(2, self.budget // (4 * len(moves.names) + 4)))
         lines: dict[tuple[float, ...], Vector] = {}
         for start in sorted(starts, key=trials):
             if np.abs(start).max() < _FURTHEST:  # further out many rules have the same answer to all
@@ -120,16 +122,19 @@ class Moves:
         shift = np.array(along) @ self.directions
         half = -(-self.stage.malicious // 2)
         turn = np.where(np.arange(self.stage.malicious) < half, 1.0, np.clip(split, -1.0, 1.0))
-        row = self.stage.mean + np.clip(disguise, -2.0, 2.0) * self.noise
+        row = self.stage.mean + disguise * self.noise
         return np.asarray(row + turn[:, None] * shift)
 
     def starts(self, scales: int) -> list[Vector]:
-        """Each direction alone, both ways, at that many scales: the furthest, others near the honest."""
+        """Each direction, and the disguise, alone, both ways, at that many scales.
+
+        One of them is the furthest, the others are near the honest.
+        """
         sizes = [_FURTHEST, *np.geomspace(30.0, 0.3, scales + 1)[1:-1]]
         return [
-            np.array([*(sign * size * np.eye(len(self.names))[k]), 0.0, 1.0])
+            np.array([*(sign * size * alone), 1.0])
             for size in sizes
-            for k in range(len(self.names))
+            for alone in np.eye(len(self.names) + 1)
             for sign in (1.0, -1.0)
         ]
 
@@ -164,7 +169,7 @@ class Plan:
         ]
         shift = "mean " + " ".join(parts)
         turned = f", second half x {np.clip(split, -1, 1):.2g}" if self.stage.malicious > 1 else ""
-        return f"{shift}, disguise {np.clip(disguise, -2, 2):.2g}{turned}"
+        return f"{shift}, disguise {disguise:.2g}{turned}"
 
 
 @dataclass(eq=False)
@@ -186,8 +191,8 @@ class _Trials:
         return value
 
     def along(self, start: Vector, scale: float) -> float:
-        """The error of these unknowns with the shift multiplied."""
-        return -self(np.array([*(scale * start[:-2]), *start[-2:]]))
+        """The error of these unknowns with all but the split multiplied."""
+        return -self(np.array([*(scale * start[:-1]), start[-1]]))
 
 
 def _candidates(
@@ -241,9 +246,13 @@ def _wander(trials: _Trials, rng: np.random.Generator) -> None:
 
 
 def _steps(unknowns: Vector) -> Vector:
-    """Changes worth trying: a third of the largest component for the shift, a third for t and m."""
+    """Changes worth trying: a third of the largest component for the shift, a third for m and t.
+
+    Of a large t, too, it is a third of it.
+    """
     largest = max(float(np.abs(unknowns[:-2]).max()), 0.1)
-    return np.array([*np.full(len(unknowns) - 2, 0.3 * largest), 0.3, -0.3])
+    disguise = max(abs(float(unknowns[-2])), 1.0)
+    return np.array([*np.full(len(unknowns) - 2, 0.3 * largest), 0.3 * disguise, -0.3])
 
 
 def _orthogonal(gram: Matrix, which: int) -> Vector:

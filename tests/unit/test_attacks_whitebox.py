@@ -210,6 +210,12 @@ def test_the_search_beats_the_fixed_attacks(rule: str) -> None:
         assert worst >= 0.97 * error(view, attack(view, rng())), attack
 
 
+@pytest.mark.parametrize(("rule", "least"), [("foolsgold", 1000.0), ("dnc", 10.0)])
+def test_rows_that_go_apart_undo_rules_that_bear_rows_alike(rule: str, least: float) -> None:
+    found = worst_error(parse_rule(rule), n=20, eps=0.2, d=100)
+    assert least < found.error_over_spread < found.bound_over_spread
+
+
 @pytest.mark.parametrize("budget", [50, 80, 333])
 def test_the_search_keeps_to_its_budget(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tried, whole = [], Rehearsal.error

@@ -26,10 +26,11 @@ class Coalition:
     """The first f clients of a task, acting as one against the rest.
 
     It knows everybody's data: what honest clients send, it works out itself from the broadcast model,
-    if its attack looks at it. So every member comes to the same rows, in whatever process it runs,
-    and an attack over the network is the one that was simulated. It cannot know who else is asked, and
-    takes all clients to be: with sampling, or once some are excluded, its rehearsals are of a larger
-    round, and the honest clients' momentum is estimated from the rounds in which it is asked itself.
+    if its attack looks at it. So every member comes to the same rows, in whatever process it runs (on
+    the same kind of device), and an attack over the network is the one that was simulated. It cannot
+    know who else is asked, and takes all clients to be: with sampling, or once some are excluded, its
+    rehearsals are of a larger round, and the honest clients' momentum is estimated from the rounds in
+    which it is asked itself.
     """
 
     def __init__(

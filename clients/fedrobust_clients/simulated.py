@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from fedrobust import devices
 from fedrobust.data import load
-from fedrobust.devices import accelerator
 from fedrobust.errors import InputError
 from fedrobust.training import Learner, Shared, Task, client_name, updates
 from fedrobust_clients.malicious import Malicious, Threat
@@ -29,11 +30,17 @@ class Crew:
     """Some of a task's clients in one worker process."""
 
     def __init__(
-        self, task: Task, data_dir: Path | None, members: Sequence[int], threat: Threat
+        self,
+        task: Task,
+        data_dir: Path | None,
+        members: Sequence[int],
+        threat: Threat,
+        *,
+        on_gpu: bool,
     ) -> None:
         """Bring the members to life; the threat says which of them are malicious."""
         torch.set_num_threads(1)
-        dataset = load(task.dataset, data_dir).to(accelerator())
+        dataset = load(task.dataset, data_dir).to(devices.gpu() if on_gpu else devices.CPU)
         shared = Shared.of(task, dataset)
         self._members: dict[int, Honest | Malicious] = {
             i: Honest(Learner(task, dataset, i, shared=shared)) for i in members
@@ -125,6 +132,8 @@ async def simulate(
     data_dir: Path | None,
     threat: Threat,
     workers: int,
+    *,
+    on_gpu: bool = False,
 ) -> None:
     """Let all clients of a task take part in a federation until it ends.
 
@@ -134,23 +143,41 @@ async def simulate(
         data_dir: where datasets are.
         threat: which clients are malicious, and how.
         workers: processes to spread the clients over; the coalition takes one of them for itself.
+        on_gpu: whether they share the GPUs that Ray knows of, on which clients then train.
+
+    Raises:
+        InputError: Ray knows of no GPU.
     """
     malicious = threat.malicious
     honest = list(range(malicious, task.clients))
     spread = max(1, workers - (malicious > 0))
     groups = [list(range(malicious)), *(honest[k::spread] for k in range(spread))]
-    remote: Any = ray.remote(num_cpus=0)(Crew)
+    groups = [members for members in groups if members]
+    share = 1 / math.ceil(len(groups) / gpus()) if on_gpu else 0.0
+    remote: Any = ray.remote(num_cpus=0, num_gpus=math.floor(share * 1e4) / 1e4)(Crew)
     broadcast = _Broadcast()
     crews: list[Any] = []
     runtimes: dict[int, Simulated] = {}
-    for members in filter(None, groups):
-        crew = remote.remote(task, data_dir, members, threat)
+    for members in groups:
+        crew = remote.remote(task, data_dir, members, threat, on_gpu=on_gpu)
         crews.append(crew)
         desk = _Desk(crew, broadcast)
         runtimes |= {i: Simulated(desk, i) for i in members}
     # A client joins when it can work: processes that are still starting must not spend the deadline.
     await asyncio.gather(*(crew.ready.remote() for crew in crews))
     await asyncio.gather(*(_participate(connection, i, r) for i, r in runtimes.items()))
+
+
+def gpus() -> int:
+    """How many GPUs Ray knows of.
+
+    Raises:
+        InputError: none.
+    """
+    count = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    if not count:
+        raise InputError("Ray knows of no GPU: train on processors, or join a cluster that has one")
+    return count
 
 
 async def _participate(connection: Connection, member: int, runtime: Simulated) -> None:

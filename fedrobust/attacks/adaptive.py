@@ -118,10 +118,10 @@ class Moves:
 
     def coefficients(self, unknowns: Vector) -> Matrix:
         """(f, K) of the rows for the unknowns (a_1 .. a_k, t, m)."""
-        *along, disguise, split = np.clip(unknowns, -_FURTHEST, _FURTHEST)
+        *along, disguise, split = _within(unknowns)
         shift = np.array(along) @ self.directions
         half = -(-self.stage.malicious // 2)
-        turn = np.where(np.arange(self.stage.malicious) < half, 1.0, np.clip(split, -1.0, 1.0))
+        turn = np.where(np.arange(self.stage.malicious) < half, 1.0, split)
         row = self.stage.mean + disguise * self.noise
         return np.asarray(row + turn[:, None] * shift)
 
@@ -162,14 +162,14 @@ class Plan:
         return self.moves.coefficients(self.unknowns)
 
     def __str__(self) -> str:
-        *along, disguise, split = np.clip(self.unknowns, -_FURTHEST, _FURTHEST)
-        least = max(0.1 * max(map(abs, along)), 0.01)  # what is shorter hardly matters
+        *along, disguise, split = _within(self.unknowns)
+        furthest = float(np.abs(self.unknowns[:-1]).max())
+        least = max(0.1 * furthest, 0.01)  # what is shorter hardly matters
         parts = [
             f"{a:+.3g} {name}" for a, name in zip(along, self.moves.names, strict=True) if abs(a) > least
         ]
-        shift = "mean " + " ".join(parts)
-        turned = f", second half x {np.clip(split, -1, 1):.2g}" if self.stage.malicious > 1 else ""
-        return f"{shift}, disguise {disguise:.2g}{turned}"
+        turned = f", second half x {split:.2g}" if self.stage.malicious > 1 else ""
+        return f"{' '.join(['mean', *parts])}, disguise {disguise + 0.0:.2g}{turned}"
 
 
 @dataclass(eq=False)
@@ -185,9 +185,10 @@ class _Trials:
         if self.left == 0:
             return 0.0
         self.left -= 1
+        unknowns = _within(unknowns)
         value = -self.moves.stage.error(self.moves.coefficients(unknowns))
         if value < self.least:
-            self.best, self.least = np.array(unknowns), value
+            self.best, self.least = unknowns, value
         return value
 
     def along(self, start: Vector, scale: float) -> float:
@@ -246,13 +247,17 @@ def _wander(trials: _Trials, rng: np.random.Generator) -> None:
 
 
 def _steps(unknowns: Vector) -> Vector:
-    """Changes worth trying: a third of the largest component for the shift, a third for m and t.
+    """Changes worth trying: a third of how far rows are, of t, or of 1 if t is less, and of m."""
+    disguise = abs(float(unknowns[-2]))
+    furthest = max(float(np.abs(unknowns[:-2]).max()), 0.3 * disguise, 0.1)
+    return 0.3 * np.array([*np.full(len(unknowns) - 2, furthest), max(disguise, 1.0), -1.0])
 
-    Of a large t, too, it is a third of it.
-    """
-    largest = max(float(np.abs(unknowns[:-2]).max()), 0.1)
-    disguise = max(abs(float(unknowns[-2])), 1.0)
-    return np.array([*np.full(len(unknowns) - 2, 0.3 * largest), 0.3 * disguise, -0.3])
+
+def _within(unknowns: Vector) -> Vector:
+    """The nearest unknowns that rows may have."""
+    limits = np.full(len(unknowns), _FURTHEST)
+    limits[-1] = 1.0
+    return np.clip(unknowns, -limits, limits)
 
 
 def _orthogonal(gram: Matrix, which: int) -> Vector:

@@ -59,6 +59,7 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
     if chosen == "simulate":
         _run_options(simulate)
     simulate.add_argument("--workers", type=int, default=2, help="processes that hold clients")
+    simulate.add_argument("--gpu", action="store_true", help="they share the GPUs, and train there")
     serve = command(commands, "serve", "the server of a federation", _SERVE, _serve)
     _data_option(serve)
     if chosen == "serve":
@@ -102,6 +103,7 @@ def add(commands: Any, chosen: str) -> None:  # noqa: ANN401 (argparse keeps thi
         metavar="DATASET",
         help="train on all of this, package.module:attribute, not on a part of the task's dataset",
     )
+    client.add_argument("--gpu", action="store_true", help="train on the GPU")
     client.add_argument(
         "--key-dir", type=Path, metavar="DIR", help="mutual TLS; the folder by `fedrobust keys client`"
     )
@@ -194,6 +196,7 @@ def _simulate(options: argparse.Namespace) -> int:
                 options.data_dir,
                 Threat(config.malicious, config.attack, config.rule, config.eps),
                 workers=options.workers,
+                on_gpu=options.gpu,
             )
         )
         await _both(server, clients)
@@ -348,8 +351,8 @@ def _client(options: argparse.Namespace) -> int:
     from fedrobust_clients.runtime import Honest
     from fedrobust_proto.v1.federation_pb2 import Status
 
+    from fedrobust import devices
     from fedrobust.data import load
-    from fedrobust.devices import accelerator
     from fedrobust.training import Learner, Task, client_name, own_learner
 
     threat = _threat(options)
@@ -362,17 +365,18 @@ def _client(options: argparse.Namespace) -> int:
     if any(0xD800 <= ord(character) <= 0xDFFF for character in name):
         raise InputError(f"--name must be text in UTF-8, got '{printable(name, 64)}'")
     credentials = Credentials.read(options.ca, options.key_dir, options.token)
+    device = devices.gpu() if options.gpu else devices.CPU
     own = load(options.own_data, options.data_dir) if options.own_data else None
     torch.set_num_threads(1)  # many clients share a machine in experiments
 
     def prepare(task: Task) -> Runtime:
         if own is not None:
-            return Honest(own_learner(task, own.to(accelerator()), options.id))
-        dataset = load(task.dataset, options.data_dir).to(accelerator())
-        honest = Honest(Learner(task, dataset, options.id))
+            return Honest(own_learner(task, own, options.id).to(device))
+        dataset = load(task.dataset, options.data_dir)
+        honest = Honest(Learner(task, dataset, options.id).to(device))
         if threat is None:
             return honest
-        return Malicious(honest, threat.coalition(task, dataset), options.id)
+        return Malicious(honest, threat.coalition(task, dataset.to(device)), options.id)
 
     def watch(number: int, receipt: Receipt) -> None:
         status = Status.Name(receipt.status).removeprefix("STATUS_")

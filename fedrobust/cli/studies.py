@@ -94,7 +94,7 @@ def _compare_options(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--data-dir", type=Path, help="where datasets are [$FEDROBUST_DATA]")
     compare.add_argument("--ray-address", help="join this Ray cluster instead of starting one")
     compare.add_argument(
-        "--gpu",
+        "--gpu-share",
         type=float,
         default=0.0,
         metavar="SHARE",
@@ -192,7 +192,7 @@ def _compare(options: argparse.Namespace) -> int:
         def ended(trial: Trial) -> None:
             watch(f"{trial.setting['rule']}, {trial.setting['attack']}")
 
-        trials = compare(grid, folder, options.data_dir, options.ray_address, ended, options.gpu)
+        trials = compare(grid, folder, options.data_dir, options.ray_address, ended, options.gpu_share)
     written = page.write(trials, grid, folder, shlex.join(["fedrobust", *options.arguments]))
     if options.json:
         for trial in trials:

@@ -24,8 +24,10 @@ class DnC(Weighting):
     same side (`filter` looks again).
 
     Guarantee: the paper bounds what is left along v for c >= 1; none on the distance here, since one
-    look is not enough. Needs n > 2 f. Breakdown point: 1 / (1 + c) by count, far less against rows in
-    many directions. Shares only tell how many rows can be malicious (the paper has no weighted form).
+    look is not enough. Needs n > 2 f. Breakdown point: two rows, of however many. One that is far out
+    turns v its way; another, out in some other direction, gets through if it is a little on the first
+    one's side, where the mean is as well, so that its projection is the shortest of all. Shares only
+    tell how many rows can be malicious (the paper has no weighted form).
     Scores: s_i over the top eigenvalue. Ties keep the first clients.
     Deviation: the paper draws coordinates at random, several times, so that a singular value
     decomposition becomes affordable, and keeps whoever is kept every time; the Gram matrix gives the

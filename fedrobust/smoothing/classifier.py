@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -130,7 +131,7 @@ class SmoothedClassifier:
         if level <= 0:
             raise InputError(
                 f"each noisy copy may be drawn wrongly with probability {error:.1e}, so that n = {n} of "
-                f"them leave nothing of alpha = {alpha}: take less than {int(alpha / error)}"
+                f"them leave nothing of alpha = {alpha}: take less than {math.ceil(alpha / error)}"
             )
 
         def answer(counter: Counter) -> Labels:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 _ELEMENTS = 1 << 20
 """So many numbers a thread works on at a time: they fit its cache, whatever the number of clients."""
 _ELEMENTS_OF_GPU = 1 << 26
-"""The same where they are on a GPU, which wants much to do at a time: a quarter of a GiB."""
+"""The same where they are on a GPU, which wants much to do at a time."""
 
 
 def updates(
@@ -56,15 +56,16 @@ def updates(
     Raises:
         InputError: the vector's length is not the model's.
     """
-    module, threads = learners[0].module, torch.get_num_threads()
+    module, device = learners[0].module, learners[0].x.device
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     split_vector(model, manifest(module))  # tells whether the length is right
     rows = model.new_empty(len(learners), len(model)) if out is None else out
     layers = _layers(module)
     plain = is_plain(module)
     if leash == FREE and plain and _is_dense(layers) and learners[0].objective == CrossEntropy():
-        start = model.to(learners[0].x.device)
+        start = model.to(device)
         each = len(model) + _largest_batch(learners) * learners[0].x[0].numel()
-        memory = _ELEMENTS if start.device.type == "cpu" else _ELEMENTS_OF_GPU
+        memory = _ELEMENTS if device.type == "cpu" else _ELEMENTS_OF_GPU
         count = max(1, min(memory // each, -(-len(learners) // threads)))
         parts = [slice(i, i + count) for i in range(0, len(learners), count)]
         # Drawn before threads start, which would wait for each other's interpreter.
@@ -72,10 +73,12 @@ def updates(
 
         def together(part: slice) -> None:
             sent = rows[part]
-            here = sent.to(start.device)  # the same memory, where the model is there already
-            _train(learners[part], plans[part], layers, start, here)
-            if here is not sent:
-                sent.copy_(here)
+            there = sent if sent.device == device else start.new_empty(sent.shape)
+            _train(learners[part], plans[part], layers, start, there)
+            if there is not sent:
+                sent.copy_(there)
+            for learner, row in zip(learners[part], sent, strict=True):
+                learner.with_momentum(row)
 
         _spread([together] * min(threads, len(parts)), parts)
         return rows
@@ -135,7 +138,7 @@ def _train(
     model: Tensor,
     rows: Tensor,
 ) -> None:
-    """Put into (k, d) rows what these learners of a dense network send."""
+    """Put into (k, d) rows how far these learners of a dense network get."""
     shapes = [p.shape for layer in layers for p in layer.parameters()]
     sizes = [shape.numel() for shape in shapes]
     origins = [p.view(shape) for p, shape in zip(model.split_with_sizes(sizes), shapes, strict=True)]
@@ -148,8 +151,6 @@ def _train(
     columns = rows.split_with_sizes(sizes, dim=1)
     for part, parameter, origin in zip(columns, stacked, origins, strict=True):
         torch.sub(parameter.flatten(1), origin.flatten(), out=part)
-    for learner, row in zip(learners, rows, strict=True):
-        learner.with_momentum(row)
 
 
 def _batches(

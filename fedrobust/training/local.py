@@ -134,6 +134,11 @@ class Learner:
         self._sent: Tensor | None = None
         self.examples = len(self.mine)
 
+    def to(self, device: torch.device) -> Learner:
+        """The same learner, which keeps its examples and trains on a device from now on."""
+        self.x, self.y, self.module = self.x.to(device), self.y.to(device), self.module.to(device)
+        return self
+
     def update(
         self,
         round: int,  # noqa: A002 (the field's word for it)
@@ -149,7 +154,8 @@ class Learner:
         Sanjabi, Talwalkar, Smith 2020, arXiv 1812.06127, equation 2). Batches walk through the examples
         in random order, shuffled anew when all have been seen. That order, and what objectives and
         layers such as dropout draw, depends on (task.seed, client, round) alone, so the result is the
-        same wherever and whenever it is worked out on a kind of device. The update is delta = w_K - w_0.
+        same wherever and whenever a processor works it out; a GPU draws and rounds otherwise. The update
+        is delta = w_K - w_0.
 
         With momentum m the client sends u_t = m * u_{t-1} + (1 - m) * delta_t instead, and
         u_1 = delta_1: call once per round, in order. Source: Karimireddy, He, Jaggi, "Learning from
@@ -197,7 +203,7 @@ class Learner:
                         parameter.sub_(gradient, alpha=self.task.lr)
                 if leash.radius < math.inf:
                     _project(module, start, leash.radius)
-        return self.with_momentum(to_vector(module).sub_(start)).to(model.device)
+        return self.with_momentum(to_vector(module).sub_(start).to(model.device))
 
     def _draws(self, round: int) -> AbstractContextManager[None]:  # noqa: A002
         """What a module may draw from torch's global generator; our own models draw nothing."""

@@ -164,9 +164,10 @@ def worst_cases(fields: Sequence[Arena], rules: Sequence[str]) -> Table:
 
 def _accuracy(arena: Arena) -> Table:
     """Of each rule under each attack, the worst case last."""
-    cells = _cells(arena, "accuracy_last", "Accuracy", _ACCURACY)
-    worst = {f"`{rule}`": _figure(cell) for rule, (_, cell) in arena.worst().items()}
-    rows = [[*row, worst[row[0]]] for row in cells.rows]
+    caption = f"{_ACCURACY} The last column is the lowest of the others."
+    cells, worst = _cells(arena, "accuracy_last", "Accuracy", caption), arena.worst()
+    rules = [rule for rule in ranked([arena]) if rule in worst]
+    rows = [[*row, _figure(worst[rule][1])] for rule, row in zip(rules, cells.rows, strict=True)]
     return replace(cells, header=[*cells.header, "worst"], rows=rows)
 
 

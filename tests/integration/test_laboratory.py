@@ -87,7 +87,7 @@ def test_what_a_grid_cannot_be_is_told_in_one_line(capsys: pytest.CaptureFixture
         (["compare", "no_such"], "unknown preset 'no_such'"),
         (["compare", "--rule", "no_such"], "no_such"),
         (["compare", "--eps", "0.7"], "eps must be in [0, 0.5), got 0.7"),
-        (["compare", "digits", "--gpu", "nan"], "gpu, the share that a run takes, must be in 0 .. 1"),
+        (["compare", "digits", "--gpu-share", "nan"], "gpu_share must be 0 or 0.0001 .. 1, got nan"),
     ):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -98,8 +98,8 @@ def test_what_a_grid_cannot_be_is_told_in_one_line(capsys: pytest.CaptureFixture
 def test_a_share_of_no_gpu_is_told(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*GRID, "--gpu", "0.5", "--to", str(tmp_path)]) == 2
-    assert "Ray knows of no GPU here" in capsys.readouterr().err
+    assert main([*GRID, "--gpu-share", "0.5", "--to", str(tmp_path)]) == 2
+    assert "Ray knows of no GPU: train on processors" in capsys.readouterr().err
 
 
 def test_without_a_grid_the_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

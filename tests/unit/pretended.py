@@ -1,6 +1,7 @@
 """A device that is none: torch takes its tensors to be elsewhere, and the processor does the work.
 
-As with a GPU, tensors that are on two devices do not go together, and none of them becomes an array.
+As with a GPU, tensors that are on two devices do not go together, and none of them becomes an array; but
+a generator of the other device's, which a GPU refuses, passes.
 What comes out is to be, to the last bit, what comes out on the processor. For a process of its own:
 torch cannot forget a device.
 """

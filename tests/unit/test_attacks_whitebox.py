@@ -210,10 +210,20 @@ def test_the_search_beats_the_fixed_attacks(rule: str) -> None:
         assert worst >= 0.97 * error(view, attack(view, rng())), attack
 
 
-@pytest.mark.parametrize(("rule", "least"), [("foolsgold", 1000.0), ("dnc", 10.0)])
-def test_rows_that_go_apart_undo_rules_that_bear_rows_alike(rule: str, least: float) -> None:
-    found = worst_error(parse_rule(rule), n=20, eps=0.2, d=100)
-    assert least < found.error_over_spread < found.bound_over_spread
+def test_the_search_finds_that_rows_apart_undo_foolsgold() -> None:
+    found = worst_error(parse_rule("foolsgold"), n=20, eps=0.2, d=100, budget=900)
+    assert 1000 < found.error_over_spread < found.bound_over_spread
+
+
+@pytest.mark.parametrize(("far", "further"), [(1e3, 1e6), (1e6, 1e10)])
+def test_two_rows_undo_dnc_and_not_the_filter(far: float, further: float) -> None:
+    """One row draws all attention to itself, the other hides beside it."""
+    honest = rng().standard_normal((18, 100))
+    rows = np.vstack([np.zeros((2, 100)), honest])
+    rows[0, 0], rows[1, 0], rows[1, 1] = further, further / 1e5, far
+    mean = honest.mean(axis=0)
+    assert np.linalg.norm(aggregate(rows, "dnc", eps=0.2).value - mean) > far / 20
+    assert np.linalg.norm(aggregate(rows, "filter", eps=0.2).value - mean) < 0.1
 
 
 @pytest.mark.parametrize("budget", [50, 80, 333])

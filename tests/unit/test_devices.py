@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fedrobust.data import load
-from fedrobust.devices import accelerator
+from fedrobust.devices import CPU, accelerator, gpu
+from fedrobust.errors import InputError
 
 RUNS: dict[str, dict[str, Any]] = {
     "dense, momentum": {"momentum": 0.9, "attack": "optimal_ipm(6)"},
@@ -90,9 +91,11 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses(differences: dict[str, 
 
 def test_without_a_gpu_it_is_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert accelerator() == torch.device("cpu")
+    assert accelerator() == CPU
+    with pytest.raises(InputError, match="torch sees no GPU"):
+        gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert accelerator() == torch.device("cuda")
+    assert accelerator() == gpu() == torch.device("cuda")
 
 
 def _all() -> None:
@@ -100,7 +103,8 @@ def _all() -> None:
 
     torch.set_num_threads(1)
     pretended.set_up()
-    found = {name: pretended.difference(work) for name, work in {**WORK, "mixed": mixed}.items()}
+    tried = {**WORK, "mixed": mixed}
+    found = {name: pretended.difference(work) for name, work in tried.items()}
     sys.stdout.write(json.dumps(found))
 
 

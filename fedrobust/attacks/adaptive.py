@@ -40,10 +40,11 @@ class Adaptive(Attack):
     against the other.
 
     The search: each v_k alone and the disguise alone, both ways, at scales between 0.3 and 30 and at
-    1e4; the best six lines refined; then, from the best point and in all unknowns, Nelder-Mead and a
-    random walk that keeps what is better (rules jump where they start to notice, which stalls a
-    simplex). A trial needs the Gram matrix alone (see `Rehearsal`), unless the rule is coordinate-wise.
-    What it finds is a lower bound on what an attacker can do, not the maximum.
+    1e4, and half of the rows as decoys with the others hidden behind them; the best six lines refined;
+    then, from the best point and in all unknowns, Nelder-Mead and a random walk that keeps what is
+    better (rules jump where they start to notice, which stalls a simplex). A trial needs the Gram
+    matrix alone (see `Rehearsal`), unless the rule is coordinate-wise. What it finds is a lower bound
+    on what an attacker can do, not the maximum.
 
     Sees: `honest`, `rule`, `eps`.
 
@@ -126,16 +127,24 @@ class Moves:
         return np.asarray(row + turn[:, None] * shift)
 
     def starts(self, scales: int) -> list[Vector]:
-        """Each direction, and the disguise, alone, both ways, at that many scales.
+        """Each direction, and the disguise, alone, both ways, at that many scales, and decoys.
 
-        One of them is the furthest, the others are near the honest.
+        One of the scales is the furthest, the others are near the honest.
         """
         sizes = [_FURTHEST, *np.geomspace(30.0, 0.3, scales + 1)[1:-1]]
+        alone = np.eye(len(self.names) + 1)
+        # The first half is far out; the others are apart from each other, and along the first half's way
+        # where the mean of all rows is.
+        half = -(-self.stage.malicious // 2)
+        decoys = _FURTHEST * (alone[-2] + 0.1 * alone[-1])
         return [
-            np.array([*(sign * size * alone), 1.0])
-            for size in sizes
-            for alone in np.eye(len(self.names) + 1)
-            for sign in (1.0, -1.0)
+            np.array([*decoys, half / (self.stage.honest + half)]),
+            *(
+                np.array([*(sign * size * along), 1.0])
+                for size in sizes
+                for along in alone
+                for sign in (1.0, -1.0)
+            ),
         ]
 
 

@@ -28,6 +28,7 @@ from fedrobust.attacks import (
 )
 from fedrobust.attacks.adaptive import Moves
 from fedrobust.attacks.rehearsal import Rehearsal, best_scale
+from fedrobust.attacks.search import rounds
 from fedrobust.kernels import Matrix
 from fedrobust.rules import parse_rule
 
@@ -210,9 +211,11 @@ def test_the_search_beats_the_fixed_attacks(rule: str) -> None:
         assert worst >= 0.97 * error(view, attack(view, rng())), attack
 
 
-def test_the_search_finds_that_rows_apart_undo_foolsgold() -> None:
-    found = worst_error(parse_rule("foolsgold"), n=20, eps=0.2, d=100, budget=900)
-    assert 1000 < found.error_over_spread < found.bound_over_spread
+@pytest.mark.parametrize("rule", ["foolsgold", "dnc"])
+def test_the_search_finds_rules_that_bear_only_rows_alike(rule: str) -> None:
+    found = rounds(parse_rule(rule), n=20, eps=0.2, d=100, budget=900)
+    assert np.median([round_.error_over_spread for round_ in found]) > 100
+    assert all(round_.error < round_.bound for round_ in found)
 
 
 @pytest.mark.parametrize(("far", "further"), [(1e3, 1e6), (1e6, 1e10)])

@@ -246,7 +246,7 @@ def test_a_full_disk_is_not_taken_for_a_lost_shard(shards: Filled) -> None:
 @pytest.mark.parametrize(
     ("optimiser", "count"),
     [
-        ("adam", 3),
+        ("adam", 2),
         *(pytest.param("sgd(lr=0.5, momentum=0.9)", n, marks=pytest.mark.slow) for n in (1, 3)),
         *(pytest.param("adagrad", count, marks=pytest.mark.slow) for count in (1, 3)),
         *(pytest.param("yogi", count, marks=pytest.mark.slow) for count in (1, 3)),
@@ -259,7 +259,7 @@ def test_shards_step_as_one_process_does_and_go_on_from_what_they_left(
     whole = parse_optimiser(optimiser)
     ready = filled(tmp_path, count, optimiser=whole)
     state = torch.from_numpy(ready.learnt.copy())
-    for seed in range(3):
+    for seed in range(2):  # the second step needs what the first one left
         rows = updates(seed)
         ready.begin(rows)
         ready.aggregate("mean")

@@ -6,20 +6,18 @@ import torch
 
 from fedrobust.errors import InputError
 
-CPU = torch.device("cpu")
-
 
 def accelerator() -> torch.device:
     """The GPU, where torch sees one, else the processor. `CUDA_VISIBLE_DEVICES=` hides the GPUs."""
-    return torch.device("cuda") if torch.cuda.is_available() else CPU
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def gpu() -> torch.device:
-    """The GPU.
+def chosen(*, gpu: bool) -> torch.device:
+    """The GPU where that is asked for, else the processor.
 
     Raises:
-        InputError: torch sees none.
+        InputError: a GPU is asked for, and torch sees none.
     """
-    if not torch.cuda.is_available():
+    if gpu and not torch.cuda.is_available():
         raise InputError("torch sees no GPU: train on the processor, or install its build for CUDA")
-    return torch.device("cuda")
+    return torch.device("cuda" if gpu else "cpu")

@@ -40,7 +40,7 @@ class Crew:
     ) -> None:
         """Bring the members to life; the threat says which of them are malicious."""
         torch.set_num_threads(1)
-        dataset = load(task.dataset, data_dir).to(devices.gpu() if on_gpu else devices.CPU)
+        dataset = load(task.dataset, data_dir).to(devices.chosen(gpu=on_gpu))
         shared = Shared.of(task, dataset)
         self._members: dict[int, Honest | Malicious] = {
             i: Honest(Learner(task, dataset, i, shared=shared)) for i in members

@@ -132,17 +132,17 @@ class Moves:
         One of the scales is the furthest, the others are near the honest.
         """
         sizes = [_FURTHEST, *np.geomspace(30.0, 0.3, scales + 1)[1:-1]]
-        alone = np.eye(len(self.names) + 1)
+        axes = np.eye(len(self.names) + 1)
         # The first half is far out; the others are apart from each other, and along the first half's way
         # where the mean of all rows is.
         half = -(-self.stage.malicious // 2)
-        decoys = _FURTHEST * (alone[-2] + 0.1 * alone[-1])
+        decoys = _FURTHEST * (axes[-2] + 0.1 * axes[-1])
         return [
             np.array([*decoys, half / (self.stage.honest + half)]),
             *(
-                np.array([*(sign * size * along), 1.0])
+                np.array([*(sign * size * axis), 1.0])
                 for size in sizes
-                for along in alone
+                for axis in axes
                 for sign in (1.0, -1.0)
             ),
         ]

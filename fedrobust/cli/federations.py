@@ -365,7 +365,7 @@ def _client(options: argparse.Namespace) -> int:
     if any(0xD800 <= ord(character) <= 0xDFFF for character in name):
         raise InputError(f"--name must be text in UTF-8, got '{printable(name, 64)}'")
     credentials = Credentials.read(options.ca, options.key_dir, options.token)
-    device = devices.gpu() if options.gpu else devices.CPU
+    device = devices.chosen(gpu=options.gpu)
     own = load(options.own_data, options.data_dir) if options.own_data else None
     torch.set_num_threads(1)  # many clients share a machine in experiments
 

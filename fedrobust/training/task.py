@@ -134,7 +134,7 @@ class Task(Textual):
         return [*map(np.sort, samples), *parts]
 
     def build_model(self, dataset: Dataset) -> nn.Module:
-        """The model that the federation starts from: the same on every machine.
+        """The model that the federation starts from: the same on every machine; on the dataset's device.
 
         Raises:
             InputError: the images are too small for the model, or what its path names is no model.

@@ -99,7 +99,7 @@ def _in_parallel(planned: Sequence[Trial], data_dir: Path | None, gpu_share: flo
     remote: Any = ray.remote(num_cpus=1, num_gpus=gpu_share, max_calls=0, max_retries=3)(_run)
     data = None if data_dir is None else data_dir.resolve()
     if gpu_share:
-        gpus()
+        gpus()  # or Ray would wait for one
     # All at once would keep the driver busy.
     ahead = 2 * int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     left, waiting = iter(planned), list[Any]()
@@ -130,7 +130,7 @@ def _run(planned: Trial, data_dir: Path | None, on_gpu: bool) -> Trial:
     torch.set_flush_denormal(True)  # as the server's shards do
     torch.set_num_threads(1)
     began = time.perf_counter()
-    device = devices.gpu() if on_gpu else devices.CPU
+    device = devices.chosen(gpu=on_gpu)
     try:
         config = configuration({**planned.setting, "seed": planned.seed})
         plan = parse_plan(planned.setting["certify"]) if "certify" in planned.setting else None

@@ -1,15 +1,14 @@
 """A device that is none: torch takes its tensors to be elsewhere, and the processor does the work.
 
 As with a GPU, tensors that are on two devices do not go together, and none of them becomes an array; but
-a generator of the other device's, which a GPU refuses, passes.
-What comes out is to be, to the last bit, what comes out on the processor. For a process of its own:
-torch cannot forget a device.
+a generator of the other device's, which a GPU refuses, passes. What comes out is to be, to the last bit,
+what comes out on the processor. For a process of its own: torch cannot forget a device.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -23,58 +22,9 @@ _MIXED = "copy_", "_to_copy", "index"
 """Operations that take tensors of two devices; `index` does where the indices are the processor's."""
 
 
-class Elsewhere(Tensor):
-    """A tensor on the device; `here` holds its values."""
-
-    here: Tensor
-
-    def __new__(cls, here: Tensor) -> Self:
-        """Tell torch of a tensor of the same shape on the device."""
-        made: Self = Tensor._make_wrapper_subclass(
-            cls,
-            here.size(),
-            strides=here.stride(),
-            storage_offset=here.storage_offset(),
-            dtype=here.dtype,
-            device=torch.device(NAME, 0),
-        )
-        made.here = here
-        return made
-
-    def tolist(self) -> Any:
-        """Of a subclass's values torch itself makes none."""
-        return self.here.tolist()
-
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        operation: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """See `_work`."""
-        del types
-        return _work(operation, args, kwargs or {})
-
-
-class Device(TorchDispatchMode):
-    """Within it the device is there."""
-
-    def __torch_dispatch__(
-        self,
-        operation: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """See `_work`."""
-        del types
-        return _work(operation, args, kwargs or {})
-
-
-def _work(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Have the processor do it, and say where the result is."""
+def _work(_owner: Any, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """Have the processor do it, and say where the result is: torch's `__torch_dispatch__`."""
+    kwargs = kwargs or {}
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
     name = operation.overloadpacket.__name__
@@ -99,6 +49,36 @@ def _work(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
         return written[0] if written else Elsewhere(value)
 
     return tree_map(found, operation(*tree_map(here, args), **tree_map(here, kwargs)))
+
+
+class Elsewhere(Tensor):
+    """A tensor on the device; `here` holds its values."""
+
+    here: Tensor
+    __torch_dispatch__ = classmethod(_work)
+
+    def __new__(cls, here: Tensor) -> Self:
+        """Tell torch of a tensor of the same shape on the device."""
+        made: Self = Tensor._make_wrapper_subclass(
+            cls,
+            here.size(),
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=torch.device(NAME, 0),
+        )
+        made.here = here
+        return made
+
+    def tolist(self) -> Any:
+        """Of a subclass's values torch itself makes none."""
+        return self.here.tolist()
+
+
+class Device(TorchDispatchMode):
+    """Within it the device is there."""
+
+    __torch_dispatch__ = _work
 
 
 class _Generator(torch.Generator):

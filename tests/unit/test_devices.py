@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedrobust.data import load
-from fedrobust.devices import CPU, accelerator, gpu
+from fedrobust.devices import accelerator, chosen
 from fedrobust.errors import InputError
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -91,11 +91,12 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses(differences: dict[str, 
 
 def test_without_a_gpu_it_is_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert accelerator() == CPU
+    assert accelerator() == chosen(gpu=False) == torch.device("cpu")
     with pytest.raises(InputError, match="torch sees no GPU"):
-        gpu()
+        chosen(gpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert accelerator() == gpu() == torch.device("cuda")
+    assert accelerator() == chosen(gpu=True) == torch.device("cuda")
+    assert chosen(gpu=False) == torch.device("cpu")
 
 
 def _all() -> None:

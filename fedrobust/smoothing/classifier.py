@@ -126,7 +126,7 @@ class SmoothedClassifier:
                 model does not fit the images.
         """
         _check(alpha, n=n)
-        error = self.noise.error(x[:1].numel())
+        error = self.noise.error(x.shape[1:].numel())
         level = alpha - n * error
         if level <= 0:
             raise InputError(
@@ -170,7 +170,7 @@ class SmoothedClassifier:
         """
         _check(alpha, n0=n0, n=n)
 
-        error = self.noise.error(x[:1].numel())
+        error = self.noise.error(x.shape[1:].numel())
 
         def answer(counter: Counter) -> Certified:
             chosen = counter.chosen(n0)
@@ -217,7 +217,7 @@ class SmoothedClassifier:
         _check(alpha, n0=n0, n=n)
         if not 0 <= radius < np.inf:
             raise InputError(f"radius must be at least 0 and finite, got {radius}")
-        p = bounds.needed(radius, self.noise.sigma) + self.noise.error(x[:1].numel())
+        p = bounds.needed(radius, self.noise.sigma) + self.noise.error(x.shape[1:].numel())
         enough = -np.log(alpha)
 
         def answer(counter: Counter) -> Certified:

@@ -313,6 +313,14 @@ def test_bad_images_and_arguments_are_refused(
         classifier.certify(x, **{"n": 100, **arguments})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("noise", [Gaussian(0.25), RoundedGaussian(0.25)], ids=repr)
+def test_a_number_is_no_image(noise: Gaussian | RoundedGaussian) -> None:
+    classifier, number = SmoothedClassifier(conv(), noise, 3), torch.tensor(1.0)
+    for ask in (classifier.predict, classifier.certify, lambda x: classifier.certify_at(x, 0.1)):
+        with pytest.raises(InputError, match="images must be floating point"):
+            ask(number)
+
+
 def test_a_model_of_other_classes_is_refused() -> None:
     with pytest.raises(InputError, match=r"maps 50 images to \(50, 3\), expected scores \(50, 10\)"):
         SmoothedClassifier(conv(), 0.25, 10).certify(images(1), n=100)
